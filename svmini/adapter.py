@@ -1,0 +1,285 @@
+"""The contract that every method keeps, and what is done with adapted models: adapt, merge, count, save, load."""
+
+import difflib
+import hashlib
+import inspect
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from . import files
+
+TARGETS = ("query", "key", "value", "out", "up", "down")
+METHODS = {}   # word -> Adapter class; filled in __init__.py
+
+
+class Adapter(nn.Module):
+    """Stands in place of one frozen nn.Linear, of weight W0 (d_out, d_in) and bias b, and adapts it.
+
+    A method gives: keyword defaults of __init__ (its options), weight(), count and check, and forward where there
+    is a cheaper exact way than to build the weight. What it trains is its nn.Parameters and nothing else; what is
+    frozen it keeps by `freeze`, or, where a file must hold it, as a persistent buffer.
+    """
+    examples = ()   # option words: a case in the shared tests and a row of the full table each
+    lr = 5e-3       # a first learning rate
+
+    def __init__(self, linear, **options):
+        super().__init__()
+        self.d_out, self.d_in = linear.weight.shape
+        self.check(self.d_out, self.d_in, **options)
+        self.options = options
+        self.freeze("bias", linear.bias)
+
+    def freeze(self, name, tensor):
+        """Keep a tensor that can be made again from the base: it moves with the module and is not stored."""
+        self.register_buffer(name, None if tensor is None else tensor.detach(), persistent=False)
+
+    def weight(self):
+        """The adapted weight (d_out, d_in), differentiable: the paper's equation itself."""
+        raise NotImplementedError
+
+    def forward(self, x):
+        """x (..., d_in) -> (..., d_out), the same function as weight(), by the cheapest exact path."""
+        return F.linear(x, self.weight(), self.bias)
+
+    @staticmethod
+    def count(d_out, d_in):
+        """Trained numbers for one matrix of this shape, by the paper's formula."""
+        raise NotImplementedError
+
+    @staticmethod
+    def check(d_out, d_in):
+        """Raise ValueError that says why these options do not fit this shape."""
+
+
+def whole(name, value, low, high=None):
+    """Raise ValueError unless value is a whole number in [low, high]."""
+    fits = isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
+    if not fits:
+        limits = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name} must be a whole number {limits}, not {value!r}")
+
+
+def nearest(word, words):
+    """' (did you mean X?)' or ''."""
+    near = difflib.get_close_matches(str(word), list(words), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def options_of(method):
+    """The options of a method and their defaults. Raises ValueError for a method that is not there."""
+    if method in ("full", "head"):
+        return {}
+    if method not in METHODS:
+        known = ["full", "head", *METHODS]
+        raise ValueError(f"there is no method {method!r}{nearest(method, known)}; methods: {', '.join(known)}")
+    parameters = inspect.signature(METHODS[method].__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def check_options(method, options):
+    """Raise ValueError for an option that the method does not have."""
+    known = options_of(method)
+    for name in options:
+        if name not in known:
+            what = f"options: {', '.join(known)}" if known else "it takes no options"
+            raise ValueError(f"{method} has no option {name!r}{nearest(name, known)}; {what}")
+
+
+def adapters(model):
+    """{name: Adapter} of an adapted model, in the order of its modules."""
+    return {name: part for name, part in model.named_modules() if isinstance(part, Adapter)}
+
+
+def head_of(model):
+    """The classifier that is trained whole: `model.head` where it is an nn.Linear of its own, else None (GPT's is
+    tied to its embedding)."""
+    head = getattr(model, "head", None)
+    return head if isinstance(head, nn.Linear) and id(head.weight) not in _tied(model) else None
+
+
+def _tied(model):
+    """ids of the parameters that stand in more than one place."""
+    seen, tied = set(), set()
+    for _, p in model.named_parameters(remove_duplicate=False):
+        (tied if id(p) in seen else seen).add(id(p))
+    return tied
+
+
+def fingerprint(model):
+    """SHA-256, in hex, of the float32 bytes of a base model's parameters without its head, in name order."""
+    digest = hashlib.sha256()
+    skip = "head." if head_of(model) is not None else None
+    for name, p in sorted(model.named_parameters()):
+        if skip is None or not name.startswith(skip):
+            digest.update(p.detach().to("cpu", torch.float32).contiguous().numpy())
+    return digest.hexdigest()
+
+
+def find_linears(model, targets):
+    """{name: nn.Linear} for every layer whose last name part is in targets. Raises ValueError or TypeError in a
+    sentence for a target that matches nothing, or nothing that can be adapted."""
+    if isinstance(targets, str) or not all(isinstance(t, str) for t in targets) or not targets:
+        raise TypeError(f"targets must be a list of names such as ('query', 'value'), not {targets!r}")
+    tied, found = _tied(model), {}
+    last_parts = {}
+    for name, part in model.named_modules():
+        last_parts.setdefault(name.rsplit(".", 1)[-1], []).append((name, part))
+    linears = sorted({last for last, parts in last_parts.items() if any(type(p) is nn.Linear for _, p in parts)})
+    for target in targets:
+        if target not in last_parts:
+            raise ValueError(f"target {target!r} matches no layer{nearest(target, linears)}; "
+                             f"this model has: {', '.join(linears)}")
+        for name, part in last_parts[target]:
+            if type(part) is not nn.Linear:
+                raise ValueError(f"{name} is a {type(part).__name__} and not a plain nn.Linear; "
+                                 f"targets can be: {', '.join(linears)}")
+            if id(part.weight) in tied:
+                raise ValueError(f"{name} is tied to another layer, which would change with it; "
+                                 f"targets can be: {', '.join(t for t in linears if t != target)}")
+            if part is getattr(model, "head", None):
+                raise ValueError("head is trained whole beside the adapters; leave it out of the targets")
+            if part.weight.dtype not in (torch.float32, torch.float64):
+                raise ValueError(f"{name} is {part.weight.dtype}: keep the weights in float32 and "
+                                 "use autocast for speed, since small steps are lost in less")
+            if not part.weight.isfinite().all():
+                raise ValueError(f"{name} has weights that are not finite")
+            found[name] = part
+    return found
+
+
+def adapt(model, method, targets=TARGETS, **options):
+    """Wrap every target layer in an adapter of this method, in place, and freeze the rest; returns the model.
+
+    model: any nn.Module that holds nn.Linears.  method: a word of METHODS, or "full" (train everything) or "head".
+    targets: last parts of layer names.  options: those of the method.
+    A head of its own (ViT's) stays trainable; a tied one (GPT's) is frozen. Every layer is checked before one is
+    changed. Raises ValueError or TypeError that names the layer and says what would work; the model is then as it was.
+    """
+    check_options(method, options)
+    _refuse_adapted(model)
+    base = fingerprint(model)
+    if method in ("full", "head"):
+        if method == "head" and head_of(model) is None:
+            raise ValueError("this model has no head of its own to train: its head is tied or missing")
+        model.requires_grad_(method == "full")
+        if head_of(model) is not None:
+            head_of(model).requires_grad_(True)
+    else:
+        layers = find_linears(model, targets)
+        for name, linear in layers.items():
+            try:
+                METHODS[method].check(*linear.weight.shape, **options)
+            except ValueError as error:
+                shape = "x".join(map(str, linear.weight.shape))
+                raise ValueError(f"{method} does not fit {name} ({shape}): {error}") from None
+        _put(model, {name: METHODS[method](linear, **options)
+                     for name, linear in tqdm(layers.items(), f"set up {method}", leave=False, delay=2)})
+    model.adaptation = {"method": method, "options": options_of(method) | options, "targets": list(targets),
+                        "base": base}
+    return model
+
+
+def _refuse_adapted(model):
+    for name, part in adapters(model).items():
+        raise ValueError(f"{name} is already adapted with {model.adaptation['method']}: merge the model first")
+
+
+def _put(model, layers):
+    """Freeze the model but for its head, and set the new layers in their places."""
+    model.requires_grad_(False)
+    if head_of(model) is not None:
+        head_of(model).requires_grad_(True)
+    for name, layer in layers.items():
+        parent, _, last = name.rpartition(".")
+        layer.train(model.training)
+        setattr(model.get_submodule(parent), last, layer)
+
+
+def merge(model):
+    """Replace every adapter by a plain nn.Linear of its adapted weight, in place; returns the model, all trainable,
+    as a base for whatever comes next. Raises ValueError for a model that was not adapted."""
+    if not hasattr(model, "adaptation"):
+        raise ValueError("there is nothing to merge: the model was not adapted")
+    merged = {}
+    for name, adapter in adapters(model).items():
+        merged[name] = nn.Linear(adapter.d_in, adapter.d_out, bias=adapter.bias is not None, device="meta")
+        merged[name].weight = nn.Parameter(adapter.weight().detach().clone())
+        if adapter.bias is not None:
+            merged[name].bias = nn.Parameter(adapter.bias.clone())
+    _put(model, merged)
+    del model.adaptation
+    return model.requires_grad_(True)
+
+
+def count_trainable(model):
+    """{"adapter": int, "head": int, "total": int}: numbers that training would change; shared ones count once.
+    "adapter" is all that is not the head's, so in full fine-tuning the whole backbone."""
+    total = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    head = head_of(model)
+    in_head = sum(p.numel() for p in head.parameters() if p.requires_grad) if head is not None else 0
+    return {"adapter": total - in_head, "head": in_head, "total": total}
+
+
+def probe(weight):
+    """W z (d_out,) in float64 for one fixed z, z_k = cos k: what tells one adapted matrix from another."""
+    z = torch.arange(1, weight.shape[1] + 1, dtype=torch.float64).cos()
+    return weight.detach().cpu().double() @ z
+
+
+def save_adapter(model, path):
+    """Write what was trained to one small file, whole or not at all.
+
+    It holds the method, its resolved options, the targets, the base's fingerprint, and for each adapted layer its
+    trained numbers (with the positions of svft's random and topk) and W z; a ViT's head too.
+    Raises ValueError for a model that was not adapted, or in full: that belongs into a checkpoint.
+    """
+    if not hasattr(model, "adaptation"):
+        raise ValueError("there is no adapter to save: adapt the model first")
+    if model.adaptation["method"] == "full":
+        raise ValueError("full fine-tuning changes every weight and leaves no adapter: save a checkpoint of the model")
+    layers = {name: {"options": a.options, "state": {k: v.cpu() for k, v in a.state_dict().items()},
+                     "probe": probe(a.weight())} for name, a in adapters(model).items()}
+    head = head_of(model)
+    files.save(path, "adapter", model.adaptation | {
+        "layers": layers, "head": None if head is None else {k: v.cpu() for k, v in head.state_dict().items()}})
+
+
+def load_adapter(model, path):
+    """Build the adapters that a file holds on the plain base model they were trained on, in place; returns the model.
+
+    Raises FileNotFoundError, or ValueError where the file is damaged, of another kind or format, made for another
+    base, or where an adapted matrix does not come out as it was (W z within 1e-4). The model is then as it was.
+    """
+    content = files.load(path, "adapter")
+    _refuse_adapted(model)
+    method, head = content["method"], head_of(model)
+    options_of(method)
+    if content["base"] != fingerprint(model):
+        raise ValueError(f"{path} was trained on another base model: load the checkpoint or weights it started from")
+    if (content["head"] is None) != (head is None) or head is not None and (
+            content["head"]["weight"].shape != head.weight.shape):
+        theirs = "no head" if content["head"] is None else f"a head of {len(content['head']['weight'])} classes"
+        ours = "no head of its own" if head is None else f"one of {len(head.weight)}"
+        raise ValueError(f"{path} holds {theirs}, the model has {ours}")
+    linears = dict(model.named_modules())
+    layers = {}
+    for name, saved in tqdm(content["layers"].items(), "load adapter", leave=False, delay=2):
+        if type(linears.get(name)) is not nn.Linear:
+            raise ValueError(f"{path} adapts {name}, which is no nn.Linear of this model")
+        layers[name] = METHODS[method](linears[name], **saved["options"])
+        try:
+            layers[name].load_state_dict(saved["state"])
+        except RuntimeError as error:
+            raise ValueError(f"{path} does not fit {method} at {name}: {' '.join(str(error).split())}") from None
+        Wz = probe(layers[name].weight())
+        if not (Wz - saved["probe"]).norm() <= 1e-4 * saved["probe"].norm():   # `not <=` also catches nan
+            raise ValueError(f"{path} does not give back the matrix that was trained at {name}: "
+                             "the file or the factors of the base have changed")
+    _put(model, layers)
+    if head is not None:
+        head.load_state_dict(content["head"])
+    model.adaptation = {k: content[k] for k in ("method", "options", "targets", "base")}
+    return model

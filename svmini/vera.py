@@ -1,0 +1,55 @@
+"""VeRA (Kopiczko et al., arXiv 2310.11454): one random pair of matrices for all layers, scaled by trained vectors.
+
+    W = W0 + Λ_b B Λ_d A                                                   (equation 2)
+
+Trained: b (d_out) and d (r), d_out + r numbers a matrix; r may exceed the matrix's own rank.
+Start: b = 0, so W = W0; d = d_init.
+A (r, d_in) and B (d_out, r) are random and frozen, Kaiming-uniform in ±√(6/fan_in). Every layer takes the first
+columns of one A and the first rows of one B, drawn on the CPU from `seed` in an order that does not depend on which
+other layers there are: the pair is made again from the seed and never stored.
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from .adapter import Adapter, whole
+
+
+class VeRA(Adapter):
+    examples = ("rank=256", "rank=16")
+    lr = 5e-2
+
+    def __init__(self, linear, *, rank=256, seed=0, d_init=0.1):
+        super().__init__(linear, rank=rank, seed=seed, d_init=d_init)
+        W0 = linear.weight.detach()
+        self.freeze("W0", W0)
+        self.freeze("A", (uniform(2 * seed, self.d_in, rank).t() * (6 / self.d_in) ** 0.5).to(W0).contiguous())
+        self.freeze("B", (uniform(2 * seed + 1, self.d_out, rank) * (6 / rank) ** 0.5).to(W0))
+        self.b = nn.Parameter(W0.new_zeros(self.d_out))
+        self.d = nn.Parameter(W0.new_full((rank,), d_init))
+
+    def weight(self):
+        return self.W0 + (self.b[:, None] * self.B * self.d) @ self.A               # (d_out, d_in)
+
+    def forward(self, x):
+        return F.linear(x, self.W0, self.bias) + F.linear(F.linear(x, self.A) * self.d, self.B) * self.b
+
+    @staticmethod
+    def count(d_out, d_in, *, rank=256, seed=0, d_init=0.1):
+        return d_out + rank
+
+    @staticmethod
+    def check(d_out, d_in, *, rank=256, seed=0, d_init=0.1):
+        whole("rank", rank, 1)
+        whole("seed", seed, 0)
+        if not isinstance(d_init, (int, float)) or d_init == 0:
+            raise ValueError(f"d_init must be a number other than 0 (from 0 nothing would learn), not {d_init!r}")
+
+
+@lru_cache(maxsize=16)
+def uniform(seed, rows, rank):
+    """(rows, rank) in ±1; the first rows of a longer draw are these rows."""
+    return 2 * torch.rand(rows, rank, generator=torch.Generator().manual_seed(seed)) - 1
