@@ -44,6 +44,10 @@ class Adapter(nn.Module):
         """x (..., d_in) -> (..., d_out), the same function as weight(), by the cheapest exact path."""
         return F.linear(x, self.weight(), self.bias)
 
+    def learned(self):
+        """For reports, of SVF-type methods: singular values before (D,) and after (D,), and M; None of others."""
+        return None
+
     @staticmethod
     def count(d_out, d_in):
         """Trained numbers for one matrix of this shape, by the paper's formula."""

@@ -1,7 +1,8 @@
 """Files that appear whole or not at all, and that are told apart when read."""
 
+import hashlib
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 import torch
@@ -14,21 +15,30 @@ def write_whole(path, write):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".tmp")
+    # not tempfile.mkstemp, whose files only their owner may read
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
 def write_text(path, text):
     """Write `text` as UTF-8 with \\n line ends, whole or not at all."""
     write_whole(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def sha256_of(*tensors):
+    """SHA-256, in hex, of tensors' bytes: which data a result was made with."""
+    digest = hashlib.sha256()
+    for t in tensors:
+        digest.update(t.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def save(path, kind, content):

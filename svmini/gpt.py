@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .transformer import Block, check_config, init_linears
-from .weights import from_theirs, load_exactly, read_source, to_theirs
+from .weights import check_kind, from_theirs, load_exactly, read_source, to_theirs
 
 
 @dataclass
@@ -28,6 +28,8 @@ class GPTConfig:
 
 
 class GPT(nn.Module):
+    Config = GPTConfig
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -72,18 +74,20 @@ class GPT(nn.Module):
             raise ValueError(f"top_k must be at least 1, not {top_k}")
         was_training = self.training
         self.eval()
-        for _ in range(max_new_tokens):
-            logits = self(tokens[:, -self.config.block_size:])[:, -1].float()                 # (B, vocab)
-            if temperature == 0:
-                new = logits.argmax(dim=-1, keepdim=True)                                     # (B, 1)
-            else:
-                logits = logits / temperature
-                if top_k is not None:
-                    least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]          # (B, 1)
-                    logits = logits.masked_fill(logits < least, float("-inf"))
-                new = torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)    # (B, 1)
-            tokens = torch.cat([tokens, new], dim=1)
-        self.train(was_training)
+        try:
+            for _ in range(max_new_tokens):
+                logits = self(tokens[:, -self.config.block_size:])[:, -1].float()                 # (B, vocab)
+                if temperature == 0:
+                    new = logits.argmax(dim=-1, keepdim=True)                                     # (B, 1)
+                else:
+                    logits = logits / temperature
+                    if top_k is not None:
+                        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]          # (B, 1)
+                        logits = logits.masked_fill(logits < least, float("-inf"))
+                    new = torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)    # (B, 1)
+                tokens = torch.cat([tokens, new], dim=1)
+        finally:
+            self.train(was_training)
         return tokens
 
     @classmethod
@@ -96,14 +100,17 @@ class GPT(nn.Module):
         misshapen keys.
         """
         state = {k.removeprefix("transformer."): v for k, v in read_source(source, GPT2_URLS).items()}
-        # causal masks that older files carry, and the head, which is the token embedding again
-        state = {k: v for k, v in state.items()
-                 if not k.endswith((".attn.bias", ".attn.masked_bias")) and k != "lm_head.weight"}
-        if not {"wte.weight", "wpe.weight", "h.0.attn.c_attn.weight"} <= state.keys():
-            raise ValueError("this is no GPT-2 state dict: it lacks wte.weight, wpe.weight or h.0.attn.c_attn.weight")
+        # causal masks that older files carry
+        state = {k: v for k, v in state.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
+        check_kind(state, "GPT-2", {"wte.weight": 2, "wpe.weight": 2, "h.0.attn.c_attn.weight": 2})
+        head = state.pop("lm_head.weight", None)
+        if head is not None and not torch.equal(head, state["wte.weight"]):
+            raise ValueError("lm_head.weight differs from wte.weight: in this GPT the head is the token embedding")
         vocab_size, d_model = state["wte.weight"].shape
-        n_layer = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("h."))
-        config = GPTConfig(vocab_size, len(state["wpe.weight"]), n_layer, n_head or max(d_model // 64, 1), d_model)
+        n_layer = len({k.split(".")[1] for k in state if k.startswith("h.")})
+        if n_head is None:
+            n_head = max(d_model // 64, 1)
+        config = GPTConfig(vocab_size, len(state["wpe.weight"]), n_layer, n_head, d_model)
         with torch.device("meta"):   # sizes without memory; the weights are put in their place below
             model = cls(config)
         ours = from_theirs(state, gpt2_names(n_layer))

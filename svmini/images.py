@@ -7,7 +7,6 @@ torchvision class has `data` and `targets`; `load_real` and `check_files` know o
 
 import hashlib
 import math
-import os
 import string
 import sys
 from dataclasses import dataclass
@@ -15,6 +14,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
+from .files import write_whole
+from .rng import generator
 
 # Glyphs: classes, dark on light or not, pictures a class in each split.
 GLYPHS = {
@@ -47,12 +49,6 @@ class Pictures:
     classes: list
 
 
-def generator(*key):
-    """A torch.Generator whose seed is a hash of the key, so that keys that differ give unrelated streams."""
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-
-
 def normalise(images, mean, std):
     """(N, H, W) uint8 -> (N, 1, H, W) float32."""
     return images.unsqueeze(1).float().div_(255).sub_(mean).div_(std)
@@ -65,7 +61,7 @@ def batch(images, labels, size, seed, step):
     """
     if len(images) == 0 or size < 1:
         raise ValueError(f"cannot draw a batch of {size} from {len(images)} pictures: both must be at least 1")
-    g = generator("batch", seed, step)
+    g = generator("images", seed, step)
     if size <= len(images):
         index = torch.randperm(len(images), generator=g)[:size]
     else:
@@ -92,7 +88,7 @@ def glyphs(which, seed=0, cache=None):
         raw = {split: draw_split(bank, n, recipe["inverted"], generator("glyphs", which, split, seed))
                for split, n in recipe["sizes"].items()}
         if file:
-            write_cache(file, raw)
+            write_whole(file, lambda f: torch.save({"splits": raw, "sha256": checksum(raw)}, f))
     splits = {split: (normalise(raw[split], GLYPH_MEAN, GLYPH_STD), glyph_labels(recipe, split))
               for split in recipe["sizes"]}
     return Pictures(f"glyphs {which}", splits, list(recipe["classes"]))
@@ -167,17 +163,6 @@ def draw(bank, labels, inverted, g):
 
 def checksum(raw):
     return hashlib.sha256(b"".join(raw[split].numpy().tobytes() for split in sorted(raw))).hexdigest()
-
-
-def write_cache(file, raw):
-    """Write under a temporary name and rename: the file is whole or it is not there."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    try:
-        torch.save({"splits": raw, "sha256": checksum(raw)}, temporary)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_cache(file, recipe):
@@ -301,14 +286,7 @@ def save_grid(path, pictures, labels, before, after, classes):
     width = 12 + int(left + max(font.getlength(text) for lines in captions for _, text, _ in lines))
     tiles = [draw_tile(p, lines, font, left, width) for p, lines in zip(pictures, captions)]
     grid = make_grid(torch.stack(tiles), nrow=min(8, len(tiles)), padding=10, pad_value=1.0)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        to_pil_image(grid).save(temporary, format="PNG")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, lambda file: to_pil_image(grid).save(file, format="PNG"))
 
 
 def draw_tile(picture, lines, font, left, width):

@@ -44,6 +44,9 @@ class SVFit(Adapter):
             return apply_factors(x, self.U, self.s, self.Vt, self.bias)
         return F.linear(x, self.W0, self.bias) + F.linear(F.linear(x, self.Vt) * (self.s - self.S), self.U)
 
+    def learned(self):
+        return self.S, self.s.abs().sort(descending=True).values, self.s - self.S
+
     @staticmethod
     def count(d_out, d_in, *, rank=None, energy=None):
         """r; D = min(d_out, d_in) where rank is None. Raises ValueError for energy, which hangs on the weights."""

@@ -56,6 +56,11 @@ class SVFT(Adapter):
     def forward(self, x):
         return apply_factors(x, self.U, self.core(), self.Vt, self.bias)
 
+    def learned(self):
+        core = self.core().detach()
+        after = core.abs().sort(descending=True).values if core.dim() == 1 else torch.linalg.svdvals(core)
+        return self.S, after, self.M
+
     @staticmethod
     def count(d_out, d_in, *, pattern="banded", off_diagonals=2, seed=0):
         D, d = min(d_out, d_in), off_diagonals

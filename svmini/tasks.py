@@ -13,7 +13,7 @@ problems(split, n); exact_match marks it as it stands.
 
 import torch
 
-from .text import step_generator
+from .rng import generator
 
 CHARACTERS = "0123456789+-="   # a token is the character's place here, so a digit's token is the digit
 NO_LOSS = -100                 # cross_entropy leaves out targets of this value (its ignore_index)
@@ -73,10 +73,10 @@ class Arithmetic:
 
         A function of (seed, step); problems of val and test are never drawn.
         """
-        generator = step_generator(seed, step)
-        a, b = torch.randint(1000, (2, size), generator=generator)           # (size,) each
+        g = generator("arithmetic", self.operation, seed, step)
+        a, b = torch.randint(1000, (2, size), generator=g)                   # (size,) each
         while (held_out := split_of(a, b) > 0).any():
-            again = torch.randint(1000, (2, int(held_out.sum())), generator=generator)
+            again = torch.randint(1000, (2, int(held_out.sum())), generator=g)
             a[held_out], b[held_out] = again
         if self.operation == "-":
             a, b = torch.maximum(a, b), torch.minimum(a, b)
@@ -99,7 +99,7 @@ class Arithmetic:
         a, b = a[chosen], b[chosen]
         if not 1 <= n <= len(a):
             raise ValueError(f"{split} has {len(a)} problems of {self.operation!r}: n must be 1 to that, not {n}")
-        first = torch.randperm(len(a), generator=step_generator(0, 0))[:n]
+        first = torch.randperm(len(a), generator=generator("problems"))[:n]
         tokens = self.write(a[first], b[first])                                         # (n, 12)
         return tokens[:, :self.prompt_length], tokens[:, self.prompt_length:]
 

@@ -13,7 +13,6 @@ of its help ("topics", to adapt to).
 
 import hashlib
 import heapq
-import os
 import re
 import sysconfig
 import urllib.request
@@ -22,6 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from .files import write_whole
+from .rng import generator
 
 TEXTS = ("stdlib", "topics", "tinyshakespeare")
 SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
@@ -78,18 +80,13 @@ def tinyshakespeare(data_dir):
     for path in (target, folder / "input.txt"):
         if path.is_file():
             return path
-    part = target.with_name(f"input.txt.{os.getpid()}.part")   # renamed when whole, so never half a file
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=20) as reply:
             content = reply.read()
         if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:   # a login page, say
             raise OSError("what came is another file")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
-        part.replace(target)
+        write_whole(target, lambda file: file.write(content))
     except Exception as error:   # besides OSError, a broken connection raises http.client's own kind
-        if part.is_file():
-            part.unlink()
         why = " ".join(str(error).split()) or type(error).__name__   # one line
         raise FileNotFoundError(f"{target} is missing and could not be fetched from {SHAKESPEARE_URL} ({why}): put "
                                 f"it there by hand, or use the text 'stdlib', which needs no network") from None
@@ -143,7 +140,7 @@ def split_text(text, seed=0):
                          f"part it by blank lines")
     dealt = {name: [] for name in SHARES}
     size = dict.fromkeys(SHARES, 0)
-    for i in torch.randperm(len(parts), generator=step_generator(seed, 0)).tolist():
+    for i in torch.randperm(len(parts), generator=generator("split", seed)).tolist():
         name = min(SHARES, key=lambda split: size[split] / SHARES[split])   # the split that is furthest behind
         dealt[name].append(i)
         size[name] += len(parts[i])
@@ -239,18 +236,14 @@ def gpt2_tokenizer():
 
 # ---- batches ----
 
-def step_generator(seed, step):
-    """A torch.Generator for one step: with it a batch is a function of (data, seed, step), and resuming exact."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
-
-
 def batch(tokens, size, length, seed, step):
     """size random stretches of tokens (n,): x and y, both (size, length) int64; y is x shifted by one token.
 
+    A function of the tokens, the seed and the step alone.
     Raises ValueError for fewer than length + 1 tokens.
     """
     check_length(tokens, length)
-    starts = torch.randint(len(tokens) - length, (size, 1), generator=step_generator(seed, step))
+    starts = torch.randint(len(tokens) - length, (size, 1), generator=generator("text", seed, step))
     at = (starts + torch.arange(length)).to(tokens.device)   # (size, length)
     return tokens[at], tokens[at + 1]
 

@@ -91,5 +91,5 @@ def check_config(config, whole):
     if config.d_model % config.n_head:
         raise ValueError(f"d_model={config.d_model} is not divisible by n_head={config.n_head}: "
                          "every head takes an equal share of the width")
-    if not 0 <= config.dropout < 1:
-        raise ValueError(f"dropout must lie in [0, 1), not {config.dropout!r}")
+    if not isinstance(config.dropout, (int, float)) or not 0 <= config.dropout < 1:
+        raise ValueError(f"dropout must be a number in [0, 1), not {config.dropout!r}")

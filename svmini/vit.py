@@ -5,13 +5,13 @@ and a linear head on the class token.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
 
 from .transformer import Block, check_config, init_linears
-from .weights import from_theirs, load_exactly, read_source, to_theirs
+from .weights import check_kind, from_theirs, load_exactly, read_source, to_theirs
 
 
 @dataclass
@@ -38,6 +38,8 @@ class ViTConfig:
 
 
 class ViT(nn.Module):
+    Config = ViTConfig
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -59,11 +61,11 @@ class ViT(nn.Module):
 
     def new_head(self, num_classes):
         """Put a fresh linear classifier of zeros in place, as a new task needs it; returns the model."""
+        self.config = replace(self.config, num_classes=num_classes)   # checks it; the caller's stays as it is
         device, dtype = self.class_token.device, self.class_token.dtype
         self.head = nn.Linear(self.config.d_model, num_classes, device=device, dtype=dtype)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        self.config.num_classes = num_classes
         return self
 
     def forward(self, images):
@@ -89,18 +91,19 @@ class ViT(nn.Module):
         missing, surplus and misshapen keys.
         """
         state = read_source(source, torchvision_urls())
-        if not {"conv_proj.weight", "encoder.pos_embedding", "heads.head.weight"} <= state.keys():
-            raise ValueError("this is no torchvision VisionTransformer state dict: "
-                             "it lacks conv_proj.weight, encoder.pos_embedding or heads.head.weight")
+        check_kind(state, "torchvision VisionTransformer", {
+            "conv_proj.weight": 4, "encoder.pos_embedding": 3, "heads.head.bias": 1,
+            "encoder.layers.encoder_layer_0.mlp.0.bias": 1})
         d, in_channels, patch, _ = state["conv_proj.weight"].shape
         n_layer = len({k.split(".")[2] for k in state if k.startswith("encoder.layers.")})
         names = torchvision_names(n_layer)
         ours = from_theirs(state, names)
+        if n_head is None:
+            n_head = 16 if d == 1280 else max(d // 64, 1)
         config = ViTConfig(
             image_size=patch * math.isqrt(state["encoder.pos_embedding"].shape[1] - 1), patch_size=patch,
             in_channels=in_channels, num_classes=len(ours["head.bias"]), n_layer=n_layer,
-            n_head=n_head or (16 if d == 1280 else max(d // 64, 1)), d_model=d,
-            d_mlp=len(ours["blocks.0.mlp.up.bias"]))
+            n_head=n_head, d_model=d, d_mlp=len(ours["blocks.0.mlp.up.bias"]))
         with torch.device("meta"):   # sizes without memory; the weights are put in their place below
             model = cls(config)
         load_exactly(model, ours)

@@ -19,17 +19,19 @@ def read_source(source, urls):
         return source
     if str(source) in urls:
         url = urls[str(source)]
-        cache = Path(torch.hub.get_dir()) / "checkpoints"
+        path = Path(torch.hub.get_dir()) / "checkpoints" / f"{source}-{url.rsplit('/', 1)[-1]}"
         try:
             return torch.hub.load_state_dict_from_url(
-                url, map_location="cpu", weights_only=True, file_name=f"{source}-{url.rsplit('/', 1)[-1]}")
+                url, map_location="cpu", weights_only=True, file_name=path.name)
         except OSError as error:
             raise FileNotFoundError(
-                f"cannot download {url} ({error}): fetch it elsewhere and give that file's path instead of "
-                f"{source!r}, or put it into {cache} as {source}-{url.rsplit('/', 1)[-1]}") from None
+                f"cannot download {url} ({one_line(error)}): fetch it elsewhere and give that file's path instead of "
+                f"{str(source)!r}, or put it at {path}") from None
+        except Exception as error:   # unpickling fails in many ways
+            raise ValueError(f"{path} is damaged ({one_line(error)}): delete it to download it again") from None
     path = Path(source)
     if not path.is_file():
-        raise FileNotFoundError(f"{source!r} is neither a file nor one of {', '.join(urls)}")
+        raise FileNotFoundError(f"{str(source)!r} is neither a file nor one of {', '.join(urls)}")
     if path.suffix == ".safetensors":
         try:
             from safetensors.torch import load_file
@@ -37,9 +39,23 @@ def read_source(source, urls):
             raise ValueError(f"reading {path} needs the package safetensors: pip install safetensors") from None
         return load_file(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:   # unpickling fails in many ways; each means that this is not such a file
-        raise ValueError(f"{path} is no file of weights that torch can read: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path} is no file of weights that torch can read: {one_line(error)}") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict")
+    return state
+
+
+def one_line(error):
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def check_kind(state, kind, dims):
+    """Raise ValueError unless `state` has tensors of these names and numbers of dimensions."""
+    wrong = [key for key, n in dims.items() if not isinstance(state.get(key), torch.Tensor) or state[key].dim() != n]
+    if wrong:
+        raise ValueError(f"this is no {kind} state dict: {', '.join(wrong)} missing or of another shape")
 
 
 def from_theirs(state, names):

@@ -1,0 +1,140 @@
+"""The command line that both scripts share: flags, method words, and errors as one line with exit code 2."""
+
+import argparse
+import ast
+import sys
+
+from .adapter import METHODS, TARGETS, check_options, nearest, options_of
+from .loop import Diverged, Stopped
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def error(self, message):
+        raise ValueError(message + f" (see python {self.prog} --help)")
+
+
+def number(low, kind=int, above=False):
+    """An argparse type: a number of at least `low`, or above it."""
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not (value > low if above else value >= low) or value == float("inf"):
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {what} {'above' if above else 'of at least'} {low}, not {text!r}")
+        return value
+    return convert
+
+
+def parser(script, about, commands, data):
+    """The flags of both scripts, each with its help on one line; scripts add their own."""
+    p = Parser(script, description=about, epilog="A method is one word: full, head, " + ", ".join(METHODS)
+               + ", with options and targets: svft:pattern=banded,off_diagonals=8@query,value")
+    a = p.add_argument
+    a("command", nargs="?", default="story", metavar="command", help=" | ".join(commands) + " (none: the whole story)")
+    a("--quick", action="store_true", help="story: four rows in under a minute, for a lecture")
+    a("--all", action="store_true", help="story: every method's examples")
+    a("--data", default=data[0], metavar="NAME", help=" | ".join(data))
+    a("--data-dir", default=None, metavar="DIR", help="where real data lie, or are downloaded to")
+    a("--out", default=None, metavar="DIR", help="where results go (default out/SCRIPT-DATA)")
+    a("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
+    a("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of autocast; weights stay float32")
+    a("--seed", type=number(0), default=0, help="of everything that is drawn")
+    a("--steps", type=number(1), default=None, help="fine-tuning steps; pretraining steps for pretrain")
+    a("--pretrain-steps", type=number(1), default=None, help="pretraining steps where the base is not there yet")
+    a("--batch-size", type=number(1), default=None, help="examples in a batch of fine-tuning")
+    a("--lr", type=number(0, float, True), default=None, help="learning rate in place of the tuned ones")
+    a("--targets", default=",".join(TARGETS), metavar="A,B", help="layers to adapt, where a method's word names none")
+    a("--method", default=None, metavar="M", help="finetune: the method's word")
+    a("--methods", nargs="+", default=None, metavar="M", help="compare: the methods' words")
+    a("--seeds", type=number(1), default=1, metavar="N", help="compare, story: runs of every method")
+    a("--tune", type=number(1), default=None, metavar="N", help="compare: try N rates, a factor 2 apart, on validation")
+    a("--init", default=None, metavar="FILE", help="model file to start from (default: pretrained here)")
+    a("--adapter", default=None, metavar="FILE", help="adapter file that goes with --init")
+    a("--save-every", type=number(0), default=0, metavar="N", help="steps between checkpoints (0: at the end)")
+    a("--eval-every", type=number(0), default=0, metavar="N", help="steps between evaluations (0: at the end)")
+    a("--resume", action="store_true", help="go on where the same command was stopped")
+    a("--plot", action="store_true", help="also a picture of metric against parameters (needs matplotlib)")
+    a("--debug", action="store_true", help="show the traceback of an error")
+    return p
+
+
+BELONGS = {   # flags that only some commands know
+    "quick": ("story",), "all": ("story",), "method": ("finetune",), "methods": ("compare",), "tune": ("compare",),
+    "seeds": ("story", "compare"), "plot": ("story", "compare"),
+    "adapter": ("generate", "predict", "merge"), "prompt": ("generate",), "length": ("generate",),
+    "temperature": ("generate",), "top_k": ("generate",), "format": ("merge",),
+    "pretrain_steps": ("story", "finetune", "compare"), "lr": ("pretrain", "story", "finetune", "compare"),
+    "resume": ("pretrain", "story", "finetune", "compare"), "head_lr": ("story", "finetune", "compare"),
+}
+
+
+def check_flags(p, flags, commands, data):
+    """Raise ValueError for what argparse cannot see: words that are not there, and flags that do not go together."""
+    if flags.command not in ("story", *commands):
+        raise ValueError(f"no command {flags.command!r}{nearest(flags.command, commands)}; "
+                         f"commands: {', '.join(commands)}, or none for the whole story")
+    if flags.data not in data and not any(d.endswith(":PATH") and flags.data.startswith(d[:-4]) for d in data):
+        raise ValueError(f"no data {flags.data!r}{nearest(flags.data, data)}; data: {', '.join(data)}")
+    for name, commands_of_it in BELONGS.items():
+        if getattr(flags, name, None) != p.get_default(name) and flags.command not in commands_of_it:
+            raise ValueError(f"--{name.replace('_', '-')} belongs to {' and '.join(commands_of_it)}, "
+                             f"not to {flags.command}")
+    if flags.command == "finetune" and flags.method is None:
+        raise ValueError("finetune needs --method, such as --method svft:off_diagonals=8")
+    if flags.command == "compare" and flags.methods is None:
+        raise ValueError("compare needs --methods, such as --methods head full svfit lora:rank=8")
+    if flags.quick and flags.all:
+        raise ValueError("--quick and --all exclude each other")
+    for word in [flags.method or "full", *(flags.methods or [])]:
+        parse_method(word)
+
+
+def parse_method(word):
+    """"svft:pattern=topk@query,key" -> ("svft", {"pattern": "topk"}, ("query", "key")); targets None where not named.
+
+    Raises ValueError for a method or option that is not there, or an option without a value.
+    """
+    body, at, targets = word.partition("@")
+    method, _, listed = body.partition(":")
+    options = {}
+    for item in filter(None, listed.split(",")):
+        name, equals, value = item.partition("=")
+        if not equals or not value:
+            raise ValueError(f"{word!r}: an option is name=value, not {item!r}")
+        try:
+            options[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[name] = value   # a bare word such as banded
+    check_options(method, options)
+    names = tuple(t for t in targets.split(",") if t)
+    if at and not names:
+        raise ValueError(f"{word!r}: after @ come targets, such as @query,value")
+    return method, options, names or None
+
+
+def same_method(word):
+    """A form of a word that is equal for words that mean the same: all options written out, targets as a set."""
+    method, options, targets = parse_method(word)
+    return method, tuple(sorted((options_of(method) | options).items(), key=str)), frozenset(targets or TARGETS)
+
+
+def run(main, argv):
+    """Call main(argv) and return its exit code; bad input becomes one line on stderr and exit code 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return main(argv) or 0
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 130
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if "--debug" in argv:
+            raise
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2

@@ -1,0 +1,279 @@
+"""Adapt one base by several methods, at equal effort, and measure: what the story and `compare` of both scripts do."""
+
+import copy
+import json
+import re
+import statistics
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Callable
+
+import torch
+from tqdm import tqdm
+
+from . import files, report
+from .adapter import (METHODS, adapt, adapters, count_trainable, fingerprint, find_linears, head_of,
+                      save_adapter)
+from .cli import parse_method, same_method
+from .loop import Diverged, Machine, Settings, Task, evaluate, save_model, train
+
+
+@dataclass
+class Setup:
+    """What is adapted, on what, how. rates: learning rates by method word. sample(model): something to show of it."""
+    base: torch.nn.Module
+    task: Task
+    settings: Settings
+    machine: Machine
+    out: Path
+    targets: tuple
+    rates: dict
+    sample: Callable
+    about: dict = field(default_factory=dict)   # what a model file of this task says about itself
+    run: dict = field(default_factory=dict)     # what else decides a result: data, its hash, batch size
+    resume: bool = False
+    lr: float | None = None
+
+
+def rate_of(word, setup):
+    """The learning rate of a method word: --lr, else the tuned one, else the method's own first guess."""
+    if setup.lr is not None:
+        return setup.lr
+    tuned = {same_method(w): lr for w, lr in setup.rates.items()}
+    return tuned.get(same_method(word), METHODS[parse_method(word)[0]].lr if parse_method(word)[0] in METHODS else 1e-3)
+
+
+def adapted(word, setup, seed):
+    """A copy of the base, adapted by this word; seed: of what a method draws at random."""
+    method, options, targets = parse_method(word)
+    torch.manual_seed(seed)
+    return adapt(copy.deepcopy(setup.base), method, targets or setup.targets, **options)
+
+
+def settings_of(word, setup, seed, lr):
+    """The settings of one run. A head alone has one rate: the head's."""
+    s = replace(setup.settings, seed=seed, lr=lr)
+    return replace(s, head_lr=lr) if parse_method(word)[0] == "head" else s
+
+
+def finetune(word, setup, seed, lr=None):
+    """One run: adapt, train, test, save. Returns (row, adapted model); a row is a dict of plain values.
+
+    Its folder, out/runs/WORD-seedN, gets last.pt, best.pt, metrics.jsonl, row.json, and adapter.pt, or model.pt
+    for full fine-tuning. Raises Diverged, Stopped and whatever adapt and train raise.
+    """
+    lr = rate_of(word, setup) if lr is None else lr
+    folder = setup.out / "runs" / f"{slug(word)}-seed{seed}"
+    model = adapted(word, setup, seed)
+    s = settings_of(word, setup, seed, lr)
+    flags = setup.run | {"method": model.adaptation["method"], "options": model.adaptation["options"],
+                         "targets": model.adaptation["targets"], "base": model.adaptation["base"],
+                         "dtype": str(setup.machine.dtype)}
+    flags |= {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(s).items()
+              if k not in ("save_every", "eval_every")}
+    if setup.machine.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    trained = train(model, setup.task, s, setup.machine, folder, flags, setup.resume, word)
+    seconds = time.perf_counter() - began
+    with setup.machine.autocast():
+        scores = evaluate(model, setup.task, "test")
+    counts = count_trainable(model)
+    on_cuda = setup.machine.device.type == "cuda"
+    row = {"method": word, "adapter": counts["adapter"], "head": counts["head"],
+           "percent": 100 * counts["adapter"] / backbone(setup.base), "metric": scores["metric"],
+           "metric_name": setup.task.metric_name, "higher_is_better": setup.task.higher_is_better, "recovered": None,
+           "seconds": seconds, "ms_per_step": trained["ms_per_step"],
+           "peak_mb": torch.cuda.max_memory_allocated() / 2**20 if on_cuda else None,
+           "seed": seed, "lr": lr, "learned": learned(model), "sample": setup.sample(model)}
+    row["adapter_bytes"] = save_result(model, folder, setup.about)
+    files.write_text(folder / "row.json", json.dumps({"flags": flags, "row": row}, ensure_ascii=False))
+    return row, model
+
+
+def save_result(model, folder, about):
+    """Write adapter.pt, or model.pt where everything was trained; returns the file's size in bytes."""
+    if model.adaptation["method"] == "full":
+        path = folder / "model.pt"
+        save_model(path, model, **about)
+    else:
+        path = folder / "adapter.pt"
+        save_adapter(model, path)
+    return path.stat().st_size
+
+
+def start_row(setup):
+    """The base as it is, on the new task: what GPT compares with in place of a head."""
+    model = copy.deepcopy(setup.base).to(setup.machine.device)
+    with setup.machine.autocast():
+        metric = evaluate(model, setup.task, "test")["metric"]
+    return {"method": "start", "adapter": 0, "head": 0, "percent": 0.0, "metric": metric,
+            "metric_name": setup.task.metric_name, "higher_is_better": setup.task.higher_is_better,
+            "recovered": 0.0, "seconds": 0.0, "ms_per_step": None, "peak_mb": None, "adapter_bytes": 0,
+            "seed": setup.settings.seed, "lr": None, "learned": None, "sample": setup.sample(model)}
+
+
+def finished(word, setup, seed, lr):
+    """The row of a run that an earlier, stopped comparison finished with the same settings, or None."""
+    path = setup.out / "runs" / f"{slug(word)}-seed{seed}" / "row.json"
+    if not setup.resume or not path.is_file():
+        return None
+    try:
+        row = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{path} is damaged: delete it to have that run made again") from None
+    s = settings_of(word, setup, seed, lr)
+    now = setup.run | {"base": fingerprint(setup.base), "steps": s.steps, "lr": s.lr, "head_lr": s.head_lr,
+                       "dtype": str(setup.machine.dtype)}
+    other = [f"{k} was {row['flags'].get(k)!r} and is {v!r}" for k, v in now.items() if row["flags"].get(k) != v]
+    if other:
+        raise ValueError(f"{path} was made with other settings: {'; '.join(other)}: give another --out")
+    return row["row"]
+
+
+def run_command(flags, setup, main, quick):
+    """story, compare or finetune: run the methods, print and write the results; returns the rows."""
+    words = {"finetune": [flags.method], "compare": flags.methods}.get(flags.command, quick if flags.quick else main)
+    if flags.all:
+        words = words_of_all(setup, main)
+    if flags.plot:
+        report.need_matplotlib()
+    tuning = None
+    if flags.tune:
+        tuning = tune([w for w in words if rate_of(w, setup)], setup, flags.tune)
+        print("\n".join([f"learning rates by {setup.task.metric_name} on the validation split, seed {flags.seed}:",
+                         *report.show_tuning(tuning)]))
+        setup.rates = setup.rates | {w: t["best"] for w, t in tuning.items() if t["best"] is not None}
+    print(f"{setup.task.name}: {len(words)} rows, {setup.settings.steps} steps each, {flags.seeds} seed(s)")
+    rows = compare(words, setup, range(flags.seed, flags.seed + flags.seeds))
+    print("\n".join(["", *report.table_lines(rows), "", *report.notes(rows)]))
+    about = {"task": setup.task.name, "device": setup.machine.reason, "steps": setup.settings.steps, **setup.run}
+    report.write_results(setup.out, rows, about, tuning)
+    print(f"{setup.out / 'results.json'}, results.md")
+    if flags.plot:
+        report.plot(setup.out / "results.png", rows)
+        print(f"{setup.out / 'results.png'}")
+    return rows
+
+
+def compare(words, setup, seeds):
+    """Every method with every seed; returns the rows, the reference row `start` first where there is no head.
+
+    A run whose loss diverges becomes a row without a metric, and the next one goes on.
+    """
+    for word in words:   # all of them before the first one starts: a mistake must not cost an hour
+        adapted(word, setup, 0)
+    rows = [] if head_of(setup.base) is not None else [start_row(setup)]
+    jobs = [(word, seed) for seed in seeds for word in words]
+    for word, seed in tqdm(jobs, "methods", leave=False):
+        lr = rate_of(word, setup)
+        row = finished(word, setup, seed, lr)
+        if row is None:
+            try:
+                row, _ = finetune(word, setup, seed, lr)
+            except Diverged as error:
+                row = {**dict.fromkeys(rows[-1] if rows else ("metric", "recovered")), "method": word, "seed": seed,
+                       "lr": lr, "failed": str(error), "metric_name": setup.task.metric_name,
+                       "higher_is_better": setup.task.higher_is_better}
+        rows.append(row)
+        tqdm.write(f"  {row['method']:<44} seed {seed}  {row['metric_name']} "
+                   + (f"{row['metric']:.4g}" if row["metric"] is not None else row["failed"]))
+    recover(rows)
+    return rows
+
+
+def recover(rows):
+    """Fill in each row's share of full's gain, (metric − start) / (full − start), start being head where it is."""
+    metric = {(r["method"], r["seed"]): r["metric"] for r in rows}
+    for r in rows:
+        start = metric.get(("head", r["seed"]), next((r["metric"] for r in rows if r["method"] == "start"), None))
+        full = metric.get(("full", r["seed"]))
+        if None not in (start, full, r["metric"]) and full != start:
+            r["recovered"] = (r["metric"] - start) / (full - start)
+
+
+def tune(words, setup, points):
+    """The same grid of learning rates for every method: `points` of them, a factor 2 apart, around its default.
+
+    Scored on the validation split, at the first seed. Returns {word: {"lr": [...], "val": [...], "best": lr}} and
+    keeps it in out/tune.json, where a resumed command finds it.
+    """
+    path, found = setup.out / "tune.json", {}
+    if setup.resume and path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+    sign = 1 if setup.task.higher_is_better else -1
+    jobs = [(w, rate_of(w, setup) * 2.0 ** (i - (points - 1) // 2)) for w in words for i in range(points)]
+    for word, lr in tqdm(jobs, "tune", leave=False):
+        scores = found.setdefault(word, {"lr": [], "val": [], "best": None})
+        if lr in scores["lr"]:
+            continue
+        model = adapted(word, setup, setup.settings.seed)
+        try:
+            train(model, setup.task, settings_of(word, setup, setup.settings.seed, lr), setup.machine,
+                  label=f"{word} lr {lr:.2g}")
+            with setup.machine.autocast():
+                value = evaluate(model, setup.task, "val")["metric"]
+        except Diverged:
+            value = None
+        scores["lr"].append(lr)
+        scores["val"].append(value)
+        sound = [(sign * v, -r, r) for v, r in zip(scores["val"], scores["lr"]) if v is not None]   # ties: the smaller
+        scores["best"] = max(sound)[-1] if sound else None
+        files.write_text(path, json.dumps(found, indent=1))
+    return found
+
+
+def words_of_all(setup, main):
+    """The main rows, then every registered method's other examples, on the targets that fit them, each with a banded
+    and a random row on the same targets where those are fewer than all: a comparison must be like with like."""
+    words, known = list(main), {same_method(w) for w in main}
+    linears = find_linears(setup.base, setup.targets)
+    for method, cls in METHODS.items():
+        for example in cls.examples:
+            word = f"{method}:{example}".rstrip(":")
+            fits = {t: all(fit(word, *m.weight.shape) for n, m in linears.items() if n.rsplit(".", 1)[-1] == t)
+                    for t in setup.targets}
+            if not all(fits.values()):
+                on = "@" + ",".join(t for t in setup.targets if fits[t])
+                peers = ["svft:pattern=banded" + on, "svft:pattern=random" + on] if method == "svft" else []
+                new = [*peers, word + on] if any(fits.values()) else []
+            else:
+                new = [word]
+            words += [w for w in new if same_method(w) not in known]
+            known |= {same_method(w) for w in new}
+    return words
+
+
+def fit(word, d_out, d_in):
+    method, options, _ = parse_method(word)
+    try:
+        METHODS[method].check(d_out, d_in, **options)
+    except ValueError:
+        return False
+    return True
+
+
+def learned(model):
+    """What an SVF-type method changed, per target: the largest singular values before and after, and max |M_ij|."""
+    rows = {}
+    for name, adapter in adapters(model).items():
+        spectrum = adapter.learned()
+        if spectrum is not None:
+            before, after, M = (t.detach().float().cpu() for t in spectrum)
+            rows.setdefault(name.rsplit(".", 1)[-1], []).append(
+                [before[0].item(), after[0].item(), before.mean().item(), after.mean().item(), M.abs().max().item()])
+    return {target: {"largest": [statistics.mean(r[i] for r in rs) for i in (0, 1)],
+                     "mean": [statistics.mean(r[i] for r in rs) for i in (2, 3)],
+                     "max_M": max(r[4] for r in rs), "layers": len(rs)} for target, rs in rows.items()} or None
+
+
+def backbone(model):
+    """Parameters of a base without its head, shared ones once."""
+    head = head_of(model)
+    return sum(p.numel() for p in model.parameters()) - (sum(p.numel() for p in head.parameters()) if head else 0)
+
+
+def slug(word):
+    """A method word as a folder name that every system takes."""
+    return re.sub(r"[^\w=.,+-]", "_", word)

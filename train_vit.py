@@ -1,0 +1,167 @@
+"""Pretrain a small ViT, adapt it to another task by every method, compare: python train_vit.py --help."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from svmini import ViT, ViTConfig, cli, files, images, load_adapter, loop
+from svmini.compare import Setup, run_command
+
+COMMANDS = ("pretrain", "finetune", "compare", "predict", "merge")
+DATA = {   # what --data names: (the set to pretrain on, the set to adapt to)
+    "glyphs": ("A", "B"), "mnist": ("fashionmnist", "mnist"), "fashionmnist": ("mnist", "fashionmnist"),
+}
+PATCH = {24: 6, 28: 7}   # patch size for an image size: 4 x 4 patches either way
+PRETRAIN = loop.Settings(steps=2000, lr=1e-3, warmup=0.05, schedule="cosine", weight_decay=0.05, betas=(0.9, 0.98))
+FINETUNE = loop.Settings(steps=200, lr=0.0, head_lr=4e-3)   # lr: see RATES
+MAIN = ["head", "full", "svfit", "svft:pattern=plain", "svft:off_diagonals=2", "svft:off_diagonals=8",
+        "lora:rank=1", "lora:rank=2", "lora:rank=8", "dora:rank=8", "vera:rank=256"]
+QUICK = ["head", "full", "svft:off_diagonals=8", "lora:rank=8"]
+RATES = {   # learning rates, found by: python train_vit.py compare --methods ... --tune 5
+    "head": 1e-2, "full": 1e-3, "svfit": 1.2e-1, "svft:pattern=plain": 1.2e-1, "svft:off_diagonals=2": 2.5e-2,
+    "svft:off_diagonals=8": 1e-2, "lora:rank=1": 1e-2, "lora:rank=2": 1e-2, "lora:rank=8": 5e-3,
+    "dora:rank=8": 5e-3, "vera:rank=256": 1e-1,
+}
+
+
+def flags_of(argv):
+    p = cli.parser("train_vit.py", __doc__.split(":")[0], COMMANDS, list(DATA))
+    p.add_argument("--head-lr", type=cli.number(0, float, True), default=None, help="learning rate of the head")
+    p.add_argument("--per-class", type=cli.number(1), default=None, help="training pictures a class of a real set (default 50)")
+    p.add_argument("--n-layer", type=cli.number(1), default=4, help="of the model that is pretrained")
+    p.add_argument("--n-head", type=cli.number(1), default=4, help="of the model that is pretrained")
+    p.add_argument("--d-model", type=cli.number(1), default=128, help="of the model that is pretrained")
+    flags = p.parse_args(argv)
+    cli.check_flags(p, flags, COMMANDS, list(DATA))
+    return flags
+
+
+def load_data(flags, which, out, per_class):
+    if flags.data == "glyphs":
+        return images.glyphs(which, seed=flags.seed, cache=out)
+    return images.load_pictures(which, flags.data_dir, seed=flags.seed, per_class=per_class)
+
+
+def picture_task(pictures, batch_size, device):
+    """Classification of pictures as a loop.Task: cross entropy, accuracy in percent."""
+    splits = {split: (x.to(device), y.to(device)) for split, (x, y) in pictures.splits.items()}
+
+    def evaluate(model, split):
+        x, y = splits[split]
+        logits = torch.cat([model(part).float() for part in x.split(500)])      # (N, classes)
+        return {"loss": F.cross_entropy(logits, y).item(),
+                "metric": 100 * (logits.argmax(dim=1) == y).double().mean().item()}
+
+    return loop.Task(
+        name=pictures.name, metric_name="accuracy", higher_is_better=True, evaluate=evaluate,
+        batch=lambda seed, step: images.batch(*splits["train"], batch_size, seed, step),
+        loss=lambda model, x, y: F.cross_entropy(model(x), y))
+
+
+def pretrained(flags, out, machine):
+    """The base model: from --init, from an earlier run in out, or pretrained now. Returns (model, about)."""
+    if flags.init is not None:
+        return loop.load_model(flags.init, ViT)
+    which = DATA[flags.data][0]
+    pictures = load_data(flags, which, out, per_class=None)
+    size, channels = pictures.splits["train"][0].shape[-1], pictures.splits["train"][0].shape[1]
+    config = ViTConfig(size, PATCH[size], channels, len(pictures.classes), flags.n_layer, flags.n_head, flags.d_model)
+    steps = (flags.steps if flags.command == "pretrain" else flags.pretrain_steps) or PRETRAIN.steps
+    lr = flags.lr if flags.command == "pretrain" and flags.lr else PRETRAIN.lr
+    settings = replace(PRETRAIN, steps=steps, lr=lr, seed=flags.seed, save_every=flags.save_every,
+                            eval_every=flags.eval_every)
+    about = {"data": pictures.name, "classes": pictures.classes}
+    torch.manual_seed(flags.seed)
+    return loop.pretrain(ViT(config), picture_task(pictures, 32, machine.device), settings, machine,
+                         out / "pretrain", about, flags.resume)
+
+
+def make_setup(flags, out, machine):
+    """What `compare` needs: the base with a fresh head, the pictures to adapt to, settings and rates."""
+    base, _ = pretrained(flags, out, machine)
+    pictures = load_data(flags, DATA[flags.data][1], out, flags.per_class or 50)
+    base.new_head(len(pictures.classes))
+    batch_size = flags.batch_size or 32
+    task = picture_task(pictures, batch_size, machine.device)
+    x, y = (t.to(machine.device) for t in pictures.splits["test"])
+    settings = replace(FINETUNE, steps=flags.steps or FINETUNE.steps, head_lr=flags.head_lr or FINETUNE.head_lr,
+                            seed=flags.seed, save_every=flags.save_every, eval_every=flags.eval_every)
+
+    @torch.no_grad()
+    def sample(model):   # what the model takes the first test pictures for
+        return model.eval()(x[:24]).argmax(dim=1).tolist()
+
+    sha = files.sha256_of(pictures.splits["train"][0])
+    setup = Setup(base, task, settings, machine, out, tuple(flags.targets.split(",")), RATES, sample,
+                  about={"data": pictures.name, "classes": pictures.classes},
+                  run={"data": pictures.name, "sha256": sha, "batch_size": batch_size}, resume=flags.resume, lr=flags.lr)
+    return setup, pictures
+
+
+def save_picture(out, pictures, rows):
+    """out/pictures.png: test pictures, taken for what by a head alone and by the best adapter of the first seed."""
+    first = [r for r in rows if r["seed"] == rows[0]["seed"] and r["metric"] is not None]
+    head = next((r for r in first if r["method"] == "head"), None)
+    best = max((r for r in first if r["method"] not in ("head", "full")), key=lambda r: r["metric"], default=None)
+    if best is None:
+        return
+    x, y = pictures.splits["test"]
+    images.save_grid(out / "pictures.png", x[:24], y[:24].tolist(), head and head["sample"], best["sample"],
+                     pictures.classes)
+    print(f"{out / 'pictures.png'}: test pictures before (head alone) and after ({best['method']})")
+
+
+def predict(flags, machine):
+    """Print accuracy on the test split of a model file, with or without an adapter, and a picture of examples."""
+    model, about = model_of(flags)
+    which = DATA[flags.data][0 if flags.adapter is None and about["data"] != "glyphs B" else 1]
+    out = Path(flags.out or f"out/vit-{flags.data}")
+    pictures = load_data(flags, which, out, flags.per_class or 50)
+    model.to(machine.device)
+    scores = loop.evaluate(model, picture_task(pictures, 1, machine.device), "test")
+    with torch.no_grad():
+        guesses = model.eval()(pictures.splits["test"][0][:24].to(machine.device)).argmax(dim=1).tolist()
+    x, y = pictures.splits["test"]
+    images.save_grid(out / "predictions.png", x[:24], y[:24].tolist(), None, guesses, pictures.classes)
+    print(f"{pictures.name}: accuracy {scores['metric']:.1f} on {len(y)} test pictures; {out / 'predictions.png'}")
+
+
+def model_of(flags):
+    """The model of --init, with --adapter on it where that is given."""
+    if flags.init is None:
+        raise ValueError(f"{flags.command} needs --init FILE, a model file such as out/vit-glyphs/pretrain/model.pt")
+    model, about = loop.load_model(flags.init, ViT)
+    if flags.adapter is not None:
+        head = files.load(flags.adapter, "adapter")["head"]
+        if head is not None and len(head["bias"]) != model.config.num_classes:
+            model.new_head(len(head["bias"]))
+        load_adapter(model, flags.adapter)
+    return model, about
+
+
+def main(argv=None):
+    return cli.run(command, argv)
+
+
+def command(argv):
+    flags = flags_of(argv)
+    machine = loop.pick_machine(flags.device, flags.dtype)
+    out = Path(flags.out or f"out/vit-{flags.data}")
+    print(machine.reason)
+    if flags.command == "pretrain":
+        pretrained(flags, out, machine)
+    elif flags.command == "predict":
+        predict(flags, machine)
+    elif flags.command == "merge":
+        loop.save_merged(*model_of(flags), out / "merged.pt")
+    else:
+        setup, pictures = make_setup(flags, out, machine)
+        rows = run_command(flags, setup, MAIN, QUICK)
+        save_picture(out, pictures, rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
