@@ -2,13 +2,11 @@
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from svmini import GPT, GPTConfig, cli, load_adapter, loop, tasks, text
-from svmini.compare import Setup, run_command
+from svmini import GPT, GPTConfig, cli, compare, load_adapter, loop, tasks, text
 
 COMMANDS = ("pretrain", "finetune", "compare", "generate", "merge")
 DATA = ["topics", "arithmetic", "tinyshakespeare", "file:PATH"]   # to adapt to; text is pretrained on stdlib
@@ -136,7 +134,7 @@ def make_setup(flags, out, machine):
             return [tokenizer.decode(tokens[0].tolist())]
     settings = replace(FINETUNE[flags.kind], steps=flags.steps or FINETUNE[flags.kind].steps, seed=flags.seed,
                        save_every=flags.save_every, eval_every=flags.eval_every)
-    return Setup(base, task, settings, machine, out, tuple(flags.targets.split(",")), RATES[flags.kind], sample,
+    return compare.Setup(base, task, settings, machine, out, tuple(flags.targets.split(",")), RATES[flags.kind], sample,
                  about={k: about[k] for k in ("data", "tokenizer")},
                  run={"data": flags.data, "sha256": sha, "batch_size": batch_size}, resume=flags.resume, lr=flags.lr)
 
@@ -162,6 +160,7 @@ def model_of(flags):
     model, about = loop.load_model(flags.init, GPT)
     if flags.adapter is not None:
         load_adapter(model, flags.adapter)
+        about = {"data": flags.data, "tokenizer": about["tokenizer"]}
     return model, about
 
 
@@ -189,7 +188,7 @@ def main(argv=None):
 def command(argv):
     flags = flags_of(argv)
     machine = loop.pick_machine(flags.device, flags.dtype)
-    out = Path(flags.out or f"out/gpt-{flags.data.replace(':', '-').replace('/', '-')}")
+    out = cli.out_folder(flags, "out/gpt-" + compare.slug(flags.data))
     print(machine.reason, file=sys.stderr if flags.command == "generate" else sys.stdout)
     if flags.command == "pretrain":
         pretrained(flags, out, machine)
@@ -198,7 +197,7 @@ def command(argv):
     elif flags.command == "merge":
         loop.save_merged(*model_of(flags), out / "merged.pt")
     else:
-        rows = run_command(flags, make_setup(flags, out, machine), MAIN, QUICK)
+        rows = compare.run_command(flags, make_setup(flags, out, machine), MAIN, QUICK)
         show_samples(rows)
 
 

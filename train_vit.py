@@ -2,13 +2,11 @@
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from svmini import ViT, ViTConfig, cli, files, images, load_adapter, loop
-from svmini.compare import Setup, run_command
+from svmini import ViT, ViTConfig, cli, compare, files, images, load_adapter, loop
 
 COMMANDS = ("pretrain", "finetune", "compare", "predict", "merge")
 DATA = {   # what --data names: (the set to pretrain on, the set to adapt to)
@@ -37,6 +35,12 @@ def flags_of(argv):
     flags = p.parse_args(argv)
     cli.check_flags(p, flags, COMMANDS, list(DATA))
     return flags
+
+
+def set_name(flags, i):
+    """The name of the set to pretrain on (i = 0) or to adapt to (1), as model files hold it."""
+    which = DATA[flags.data][i]
+    return f"glyphs {which}" if flags.data == "glyphs" else which
 
 
 def load_data(flags, which, out, per_class):
@@ -95,7 +99,7 @@ def make_setup(flags, out, machine):
         return model.eval()(x[:24]).argmax(dim=1).tolist()
 
     sha = files.sha256_of(pictures.splits["train"][0])
-    setup = Setup(base, task, settings, machine, out, tuple(flags.targets.split(",")), RATES, sample,
+    setup = compare.Setup(base, task, settings, machine, out, tuple(flags.targets.split(",")), RATES, sample,
                   about={"data": pictures.name, "classes": pictures.classes},
                   run={"data": pictures.name, "sha256": sha, "batch_size": batch_size}, resume=flags.resume, lr=flags.lr)
     return setup, pictures
@@ -114,12 +118,14 @@ def save_picture(out, pictures, rows):
     print(f"{out / 'pictures.png'}: test pictures before (head alone) and after ({best['method']})")
 
 
-def predict(flags, machine):
-    """Print accuracy on the test split of a model file, with or without an adapter, and a picture of examples."""
+def predict(flags, out, machine):
+    """Accuracy on a test split, and a picture of examples: of a model file on its own data, or, with an adapter, on
+    the data to adapt to."""
     model, about = model_of(flags)
-    which = DATA[flags.data][0 if flags.adapter is None and about["data"] != "glyphs B" else 1]
-    out = Path(flags.out or f"out/vit-{flags.data}")
-    pictures = load_data(flags, which, out, flags.per_class or 50)
+    sets = {set_name(flags, i): DATA[flags.data][i] for i in (0, 1)}
+    if about["data"] not in sets:
+        raise ValueError(f"{flags.init} was trained on {about['data']}, which does not go with --data {flags.data}")
+    pictures = load_data(flags, sets[about["data"]], out, flags.per_class or 50)
     model.to(machine.device)
     scores = loop.evaluate(model, picture_task(pictures, 1, machine.device), "test")
     with torch.no_grad():
@@ -130,7 +136,7 @@ def predict(flags, machine):
 
 
 def model_of(flags):
-    """The model of --init, with --adapter on it where that is given."""
+    """The model of --init, with --adapter on it where that is given. Returns (model, about)."""
     if flags.init is None:
         raise ValueError(f"{flags.command} needs --init FILE, a model file such as out/vit-glyphs/pretrain/model.pt")
     model, about = loop.load_model(flags.init, ViT)
@@ -139,6 +145,7 @@ def model_of(flags):
         if head is not None and len(head["bias"]) != model.config.num_classes:
             model.new_head(len(head["bias"]))
         load_adapter(model, flags.adapter)
+        about = {"data": set_name(flags, 1)}
     return model, about
 
 
@@ -149,17 +156,17 @@ def main(argv=None):
 def command(argv):
     flags = flags_of(argv)
     machine = loop.pick_machine(flags.device, flags.dtype)
-    out = Path(flags.out or f"out/vit-{flags.data}")
+    out = cli.out_folder(flags, f"out/vit-{flags.data}")
     print(machine.reason)
     if flags.command == "pretrain":
         pretrained(flags, out, machine)
     elif flags.command == "predict":
-        predict(flags, machine)
+        predict(flags, out, machine)
     elif flags.command == "merge":
         loop.save_merged(*model_of(flags), out / "merged.pt")
     else:
         setup, pictures = make_setup(flags, out, machine)
-        rows = run_command(flags, setup, MAIN, QUICK)
+        rows = compare.run_command(flags, setup, MAIN, QUICK)
         save_picture(out, pictures, rows)
 
 

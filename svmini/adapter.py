@@ -180,7 +180,7 @@ def adapt(model, method, targets=TARGETS, **options):
                 shape = "x".join(map(str, linear.weight.shape))
                 raise ValueError(f"{method} does not fit {name} ({shape}): {error}") from None
         _put(model, {name: METHODS[method](linear, **options)
-                     for name, linear in tqdm(layers.items(), f"set up {method}", leave=False, delay=2)})
+                     for name, linear in tqdm(layers.items(), f"set up {method}", leave=False, delay=2, disable=None)})
     model.adaptation = {"method": method, "options": options_of(method) | options, "targets": list(targets),
                         "base": base}
     return model
@@ -270,7 +270,7 @@ def load_adapter(model, path):
         raise ValueError(f"{path} holds {theirs}, the model has {ours}")
     linears = dict(model.named_modules())
     layers = {}
-    for name, saved in tqdm(content["layers"].items(), "load adapter", leave=False, delay=2):
+    for name, saved in tqdm(content["layers"].items(), "load adapter", leave=False, delay=2, disable=None):
         if type(linears.get(name)) is not nn.Linear:
             raise ValueError(f"{path} adapts {name}, which is no nn.Linear of this model")
         layers[name] = METHODS[method](linears[name], **saved["options"])

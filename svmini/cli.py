@@ -3,6 +3,7 @@
 import argparse
 import ast
 import sys
+from pathlib import Path
 
 from .adapter import METHODS, TARGETS, check_options, nearest, options_of
 from .loop import Diverged, Stopped
@@ -66,7 +67,7 @@ BELONGS = {   # flags that only some commands know
     "quick": ("story",), "all": ("story",), "method": ("finetune",), "methods": ("compare",), "tune": ("compare",),
     "seeds": ("story", "compare"), "plot": ("story", "compare"),
     "adapter": ("generate", "predict", "merge"), "prompt": ("generate",), "length": ("generate",),
-    "temperature": ("generate",), "top_k": ("generate",), "format": ("merge",),
+    "temperature": ("generate",), "top_k": ("generate",),
     "pretrain_steps": ("story", "finetune", "compare"), "lr": ("pretrain", "story", "finetune", "compare"),
     "resume": ("pretrain", "story", "finetune", "compare"), "head_lr": ("story", "finetune", "compare"),
 }
@@ -91,6 +92,15 @@ def check_flags(p, flags, commands, data):
         raise ValueError("--quick and --all exclude each other")
     for word in [flags.method or "full", *(flags.methods or [])]:
         parse_method(word)
+
+
+def out_folder(flags, default):
+    """The folder of --out, made now: better than after an hour. Raises ValueError where it is a file."""
+    out = Path(flags.out or default)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: give a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
 
 
 def parse_method(word):

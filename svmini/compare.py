@@ -81,13 +81,13 @@ def finetune(word, setup, seed, lr=None):
         scores = evaluate(model, setup.task, "test")
     counts = count_trainable(model)
     on_cuda = setup.machine.device.type == "cuda"
-    row = {"method": word, "adapter": counts["adapter"], "head": counts["head"],
-           "percent": 100 * counts["adapter"] / backbone(setup.base), "metric": scores["metric"],
-           "metric_name": setup.task.metric_name, "higher_is_better": setup.task.higher_is_better, "recovered": None,
-           "seconds": seconds, "ms_per_step": trained["ms_per_step"],
-           "peak_mb": torch.cuda.max_memory_allocated() / 2**20 if on_cuda else None,
-           "seed": seed, "lr": lr, "learned": learned(model), "sample": setup.sample(model)}
-    row["adapter_bytes"] = save_result(model, folder, setup.about)
+    row = empty_row(word, setup, seed, lr) | {
+        "adapter": counts["adapter"], "head": counts["head"],
+        "percent": 100 * counts["adapter"] / backbone(setup.base), "metric": scores["metric"],
+        "seconds": seconds, "ms_per_step": trained["ms_per_step"],
+        "peak_mb": torch.cuda.max_memory_allocated() / 2**20 if on_cuda else None,
+        "adapter_bytes": save_result(model, folder, setup.about),
+        "learned": learned(model), "sample": setup.sample(model)}
     files.write_text(folder / "row.json", json.dumps({"flags": flags, "row": row}, ensure_ascii=False))
     return row, model
 
@@ -108,10 +108,15 @@ def start_row(setup):
     model = copy.deepcopy(setup.base).to(setup.machine.device)
     with setup.machine.autocast():
         metric = evaluate(model, setup.task, "test")["metric"]
-    return {"method": "start", "adapter": 0, "head": 0, "percent": 0.0, "metric": metric,
+    return empty_row("start", setup, setup.settings.seed, None) | {"metric": metric, "sample": setup.sample(model)}
+
+
+def empty_row(word, setup, seed, lr):
+    """A row of results.json before anything was measured."""
+    return {"method": word, "adapter": 0, "head": 0, "percent": 0.0, "metric": None,
             "metric_name": setup.task.metric_name, "higher_is_better": setup.task.higher_is_better,
-            "recovered": 0.0, "seconds": 0.0, "ms_per_step": None, "peak_mb": None, "adapter_bytes": 0,
-            "seed": setup.settings.seed, "lr": None, "learned": None, "sample": setup.sample(model)}
+            "recovered": None, "seconds": 0.0, "ms_per_step": None, "peak_mb": None, "adapter_bytes": 0,
+            "seed": seed, "lr": lr, "learned": None, "sample": None}
 
 
 def finished(word, setup, seed, lr):
@@ -141,7 +146,7 @@ def run_command(flags, setup, main, quick):
         report.need_matplotlib()
     tuning = None
     if flags.tune:
-        tuning = tune([w for w in words if rate_of(w, setup)], setup, flags.tune)
+        tuning = tune(words, setup, flags.tune)
         print("\n".join([f"learning rates by {setup.task.metric_name} on the validation split, seed {flags.seed}:",
                          *report.show_tuning(tuning)]))
         setup.rates = setup.rates | {w: t["best"] for w, t in tuning.items() if t["best"] is not None}
@@ -166,16 +171,14 @@ def compare(words, setup, seeds):
         adapted(word, setup, 0)
     rows = [] if head_of(setup.base) is not None else [start_row(setup)]
     jobs = [(word, seed) for seed in seeds for word in words]
-    for word, seed in tqdm(jobs, "methods", leave=False):
+    for word, seed in tqdm(jobs, "methods", leave=False, disable=None):
         lr = rate_of(word, setup)
         row = finished(word, setup, seed, lr)
         if row is None:
             try:
                 row, _ = finetune(word, setup, seed, lr)
             except Diverged as error:
-                row = {**dict.fromkeys(rows[-1] if rows else ("metric", "recovered")), "method": word, "seed": seed,
-                       "lr": lr, "failed": str(error), "metric_name": setup.task.metric_name,
-                       "higher_is_better": setup.task.higher_is_better}
+                row = {**empty_row(word, setup, seed, lr), "failed": str(error)}
         rows.append(row)
         tqdm.write(f"  {row['method']:<44} seed {seed}  {row['metric_name']} "
                    + (f"{row['metric']:.4g}" if row["metric"] is not None else row["failed"]))
@@ -189,7 +192,7 @@ def recover(rows):
     for r in rows:
         start = metric.get(("head", r["seed"]), next((r["metric"] for r in rows if r["method"] == "start"), None))
         full = metric.get(("full", r["seed"]))
-        if None not in (start, full, r["metric"]) and full != start:
+        if None not in (start, full, r["metric"]) and (full > start) == r["higher_is_better"] and full != start:
             r["recovered"] = (r["metric"] - start) / (full - start)
 
 
@@ -204,7 +207,7 @@ def tune(words, setup, points):
         found = json.loads(path.read_text(encoding="utf-8"))
     sign = 1 if setup.task.higher_is_better else -1
     jobs = [(w, rate_of(w, setup) * 2.0 ** (i - (points - 1) // 2)) for w in words for i in range(points)]
-    for word, lr in tqdm(jobs, "tune", leave=False):
+    for word, lr in tqdm(jobs, "tune", leave=False, disable=None):
         scores = found.setdefault(word, {"lr": [], "val": [], "best": None})
         if lr in scores["lr"]:
             continue
@@ -255,17 +258,16 @@ def fit(word, d_out, d_in):
 
 
 def learned(model):
-    """What an SVF-type method changed, per target: the largest singular values before and after, and max |M_ij|."""
+    """What an SVF-type method changed, per target: the largest singular value before and after, as means over the
+    layers, and the largest |M_ij| of all; None of other methods."""
     rows = {}
     for name, adapter in adapters(model).items():
         spectrum = adapter.learned()
         if spectrum is not None:
-            before, after, M = (t.detach().float().cpu() for t in spectrum)
-            rows.setdefault(name.rsplit(".", 1)[-1], []).append(
-                [before[0].item(), after[0].item(), before.mean().item(), after.mean().item(), M.abs().max().item()])
-    return {target: {"largest": [statistics.mean(r[i] for r in rs) for i in (0, 1)],
-                     "mean": [statistics.mean(r[i] for r in rs) for i in (2, 3)],
-                     "max_M": max(r[4] for r in rs), "layers": len(rs)} for target, rs in rows.items()} or None
+            before, after, M = spectrum
+            rows.setdefault(name.rsplit(".", 1)[-1], []).append([t.max().item() for t in (before, after, M.abs())])
+    return {target: {"before": statistics.mean(r[0] for r in rs), "after": statistics.mean(r[1] for r in rs),
+                     "max_M": max(r[2] for r in rs)} for target, rs in rows.items()} or None
 
 
 def backbone(model):

@@ -122,7 +122,7 @@ def train(model, task, s, machine, folder=None, flags=None, resume=False, label=
     run = Run(model, task, optimizer, scaler, folder, flags or {})
     start = run.restore() if resume else 0
     seconds = 0.0
-    with interrupts() as stop, tqdm(total=s.steps, initial=start, desc=label, leave=False) as bar:
+    with interrupts() as stop, tqdm(total=s.steps, initial=start, desc=label, leave=False, disable=None) as bar:
         for step in range(start, s.steps):
             began = time.perf_counter()
             for group in optimizer.param_groups:

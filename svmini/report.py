@@ -101,12 +101,11 @@ def notes(rows):
     lines += [f"{r['method']}, seed {r['seed']}: {r['failed']}" for r in rows if r.get("failed")]
     spectra = [r for r in rows if r.get("learned") and r["seed"] == seeds[0]]
     if spectra:
-        lines.append("learned (seed {}; means over layers): target, largest and mean singular value before → after, "
-                     "largest |M_ij|".format(seeds[0]))
+        lines.append(f"learned, seed {seeds[0]}: largest singular value before → after, mean of the layers "
+                     "(and largest |M_ij|, for svfit |s_i − σ_i|)")
     for r in spectra:
-        parts = [f"{target} {x['largest'][0]:.2f}→{x['largest'][1]:.2f}, {x['mean'][0]:.3f}→{x['mean'][1]:.3f}, "
-                 f"{x['max_M']:.2f}" for target, x in r["learned"].items()]
-        lines.append(f"  {r['method']}: " + "; ".join(parts))
+        cells = [f"{target} {x['before']:.2f}→{x['after']:.2f} ({x['max_M']:.2f})" for target, x in r["learned"].items()]
+        lines.append(f"  {r['method']:<{max(len(r['method']) for r in spectra)}}  " + "  ".join(cells))
     return lines
 
 
