@@ -107,7 +107,10 @@ def pretrained(flags, out, machine):
     settings = replace(defaults, steps=steps, lr=lr, seed=flags.seed, save_every=flags.save_every,
                        eval_every=flags.eval_every)
     torch.manual_seed(flags.seed)
-    return loop.pretrain(GPT(config), task, settings, machine, out / "pretrain", about, flags.resume)
+    model = GPT(config)
+    if flags.command != "pretrain":
+        compare.check_words(compare.words_of(flags, MAIN, QUICK), model, flags.targets)
+    return loop.pretrain(model, task, settings, machine, out / "pretrain", about, flags.resume)
 
 
 def make_setup(flags, out, machine):
@@ -134,7 +137,7 @@ def make_setup(flags, out, machine):
             return [tokenizer.decode(tokens[0].tolist())]
     settings = replace(FINETUNE[flags.kind], steps=flags.steps or FINETUNE[flags.kind].steps, seed=flags.seed,
                        save_every=flags.save_every, eval_every=flags.eval_every)
-    return compare.Setup(base, task, settings, machine, out, tuple(flags.targets.split(",")), RATES[flags.kind], sample,
+    return compare.Setup(base, task, settings, machine, out, flags.targets, RATES[flags.kind], sample,
                  about={k: about[k] for k in ("data", "tokenizer")},
                  run={"data": flags.data, "sha256": sha, "batch_size": batch_size}, resume=flags.resume, lr=flags.lr)
 

@@ -79,7 +79,10 @@ def pretrained(flags, out, machine):
                             eval_every=flags.eval_every)
     about = {"data": pictures.name, "classes": pictures.classes}
     torch.manual_seed(flags.seed)
-    return loop.pretrain(ViT(config), picture_task(pictures, 32, machine.device), settings, machine,
+    model = ViT(config)
+    if flags.command != "pretrain":
+        compare.check_words(compare.words_of(flags, MAIN, QUICK), model, flags.targets)
+    return loop.pretrain(model, picture_task(pictures, 32, machine.device), settings, machine,
                          out / "pretrain", about, flags.resume)
 
 
@@ -99,7 +102,7 @@ def make_setup(flags, out, machine):
         return model.eval()(x[:24]).argmax(dim=1).tolist()
 
     sha = files.sha256_of(pictures.splits["train"][0])
-    setup = compare.Setup(base, task, settings, machine, out, tuple(flags.targets.split(",")), RATES, sample,
+    setup = compare.Setup(base, task, settings, machine, out, flags.targets, RATES, sample,
                   about={"data": pictures.name, "classes": pictures.classes},
                   run={"data": pictures.name, "sha256": sha, "batch_size": batch_size}, resume=flags.resume, lr=flags.lr)
     return setup, pictures

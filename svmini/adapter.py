@@ -131,7 +131,8 @@ def find_linears(model, targets):
     last_parts = {}
     for name, part in model.named_modules():
         last_parts.setdefault(name.rsplit(".", 1)[-1], []).append((name, part))
-    linears = sorted({last for last, parts in last_parts.items() if any(type(p) is nn.Linear for _, p in parts)})
+    linears = sorted({last for last, parts in last_parts.items()
+                      if any(type(p) is nn.Linear and n != "head" for n, p in parts)})
     for target in targets:
         if target not in last_parts:
             raise ValueError(f"target {target!r} matches no layer{nearest(target, linears)}; "
@@ -154,6 +155,19 @@ def find_linears(model, targets):
     return found
 
 
+def fitting_linears(model, method, targets, options):
+    """What find_linears finds, each checked for the method's options. Raises ValueError that names the layer."""
+    check_options(method, options)
+    layers = find_linears(model, targets)
+    for name, linear in layers.items():
+        try:
+            METHODS[method].check(*linear.weight.shape, **options)
+        except ValueError as error:
+            shape = "x".join(map(str, linear.weight.shape))
+            raise ValueError(f"{method} does not fit {name} ({shape}): {error}") from None
+    return layers
+
+
 def adapt(model, method, targets=TARGETS, **options):
     """Wrap every target layer in an adapter of this method, in place, and freeze the rest; returns the model.
 
@@ -172,13 +186,7 @@ def adapt(model, method, targets=TARGETS, **options):
         if head_of(model) is not None:
             head_of(model).requires_grad_(True)
     else:
-        layers = find_linears(model, targets)
-        for name, linear in layers.items():
-            try:
-                METHODS[method].check(*linear.weight.shape, **options)
-            except ValueError as error:
-                shape = "x".join(map(str, linear.weight.shape))
-                raise ValueError(f"{method} does not fit {name} ({shape}): {error}") from None
+        layers = fitting_linears(model, method, targets, options)
         _put(model, {name: METHODS[method](linear, **options)
                      for name, linear in tqdm(layers.items(), f"set up {method}", leave=False, delay=2, disable=None)})
     model.adaptation = {"method": method, "options": options_of(method) | options, "targets": list(targets),

@@ -5,7 +5,9 @@ import ast
 import sys
 from pathlib import Path
 
+from . import report
 from .adapter import METHODS, TARGETS, check_options, nearest, options_of
+
 from .loop import Diverged, Stopped
 
 
@@ -90,6 +92,9 @@ def check_flags(p, flags, commands, data):
         raise ValueError("compare needs --methods, such as --methods head full svfit lora:rank=8")
     if flags.quick and flags.all:
         raise ValueError("--quick and --all exclude each other")
+    if flags.plot:
+        report.need_matplotlib()
+    flags.targets = tuple(t for t in flags.targets.split(",") if t)
     for word in [flags.method or "full", *(flags.methods or [])]:
         parse_method(word)
 

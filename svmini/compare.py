@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from . import files, report
-from .adapter import (METHODS, adapt, adapters, count_trainable, fingerprint, find_linears, head_of,
+from .adapter import (METHODS, adapt, adapters, count_trainable, find_linears, fingerprint, fitting_linears, head_of,
                       save_adapter)
 from .cli import parse_method, same_method
 from .loop import Diverged, Machine, Settings, Task, evaluate, save_model, train
@@ -137,13 +137,23 @@ def finished(word, setup, seed, lr):
     return row["row"]
 
 
+def words_of(flags, main, quick):
+    """The method words that a command line asks for."""
+    return {"finetune": [flags.method], "compare": flags.methods}.get(flags.command, quick if flags.quick else main)
+
+
+def check_words(words, model, targets):
+    """Raise ValueError for a method word that does not fit the model's shapes: before the work, not after it."""
+    for method, options, own_targets in map(parse_method, words):
+        if method in METHODS:
+            fitting_linears(model, method, own_targets or targets, options)
+        elif method == "head" and head_of(model) is None:
+            raise ValueError("this model has no head of its own to train: leave out the word head")
+
+
 def run_command(flags, setup, main, quick):
     """story, compare or finetune: run the methods, print and write the results; returns the rows."""
-    words = {"finetune": [flags.method], "compare": flags.methods}.get(flags.command, quick if flags.quick else main)
-    if flags.all:
-        words = words_of_all(setup, main)
-    if flags.plot:
-        report.need_matplotlib()
+    words = words_of_all(setup, main) if flags.all else words_of(flags, main, quick)
     tuning = None
     if flags.tune:
         tuning = tune(words, setup, flags.tune)
@@ -167,8 +177,7 @@ def compare(words, setup, seeds):
 
     A run whose loss diverges becomes a row without a metric, and the next one goes on.
     """
-    for word in words:   # all of them before the first one starts: a mistake must not cost an hour
-        adapted(word, setup, 0)
+    check_words(words, setup.base, setup.targets)
     rows = [] if head_of(setup.base) is not None else [start_row(setup)]
     jobs = [(word, seed) for seed in seeds for word in words]
     for word, seed in tqdm(jobs, "methods", leave=False, disable=None):
