@@ -1,7 +1,6 @@
 """Pretrain a small GPT, adapt it to another task by every method, compare: python train_gpt.py --help."""
 
 import sys
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +11,15 @@ COMMANDS = ("pretrain", "finetune", "compare", "generate", "merge")
 DATA = ["topics", "arithmetic", "tinyshakespeare", "file:PATH"]   # to adapt to; text is pretrained on stdlib
 CONTEXT = 128
 PRETRAIN = {
-    "text": loop.Settings(steps=2600, lr=3e-3, warmup=0.05, schedule="cosine", weight_decay=0.1, betas=(0.9, 0.95)),
-    "arithmetic": loop.Settings(steps=1500, lr=2e-3, warmup=0.05, schedule="cosine", weight_decay=0.1,
-                                betas=(0.9, 0.95)),
+    "text": loop.Settings(steps=2600, lr=3e-3, batch_size=8, warmup=0.05, schedule="cosine",
+                          weight_decay=0.1, betas=(0.9, 0.95)),
+    "arithmetic": loop.Settings(steps=1500, lr=2e-3, batch_size=64, warmup=0.05, schedule="cosine",
+                                weight_decay=0.1, betas=(0.9, 0.95)),
 }
-FINETUNE = {"text": loop.Settings(steps=200, lr=0.0), "arithmetic": loop.Settings(steps=300, lr=0.0)}   # lr: see RATES
-BATCH = {"text": 8, "arithmetic": 64}
+FINETUNE = {   # lr: see RATES
+    "text": loop.Settings(steps=200, lr=0.0, batch_size=8),
+    "arithmetic": loop.Settings(steps=300, lr=0.0, batch_size=64),
+}
 LAYERS = {"text": 4, "arithmetic": 3}
 MAIN = ["full", "svfit", "svft:pattern=plain", "svft:off_diagonals=2", "svft:off_diagonals=8",
         "lora:rank=1", "lora:rank=2", "lora:rank=8", "dora:rank=8", "vera:rank=256"]
@@ -54,7 +56,7 @@ def cross_entropy(model, x, y):
     return F.cross_entropy(model(x).flatten(0, 1).float(), y.flatten())
 
 
-def text_task(corpus, batch_size, device):
+def text_task(corpus, device):
     """Language modelling as a loop.Task: cross entropy on at most 400 windows of val or test."""
     splits = {split: tokens.to(device) for split, tokens in corpus.splits.items()}
     windows = {split: text.windows(splits[split], CONTEXT) for split in ("val", "test")}   # too short fails here
@@ -66,10 +68,10 @@ def text_task(corpus, batch_size, device):
 
     return loop.Task(
         name=corpus.name, metric_name="loss", higher_is_better=False, evaluate=evaluate, loss=cross_entropy,
-        batch=lambda seed, step: text.batch(splits["train"], batch_size, CONTEXT, seed, step))
+        batch=lambda size, seed, step: text.batch(splits["train"], size, CONTEXT, seed, step))
 
 
-def arithmetic_task(arithmetic, batch_size, device):
+def arithmetic_task(arithmetic, device):
     """Addition or subtraction as a loop.Task: loss on the answer, exact match in percent over 1,000 problems."""
     problems = {split: [t.to(device) for t in arithmetic.problems(split, 1000)] for split in ("val", "test")}
 
@@ -78,7 +80,7 @@ def arithmetic_task(arithmetic, batch_size, device):
 
     return loop.Task(
         name=f"arithmetic {arithmetic.operation}", metric_name="exact match", higher_is_better=True,
-        evaluate=evaluate, loss=cross_entropy, batch=lambda seed, step: arithmetic.batch(batch_size, seed, step))
+        evaluate=evaluate, loss=cross_entropy, batch=arithmetic.batch)
 
 
 def pretrained(flags, out, machine):
@@ -89,23 +91,18 @@ def pretrained(flags, out, machine):
             raise ValueError(f"{flags.init} speaks {about['tokenizer'] if flags.kind == 'text' else 'text'}, "
                              f"which does not go with --data {flags.data}")
         return model, about
-    batch_size = BATCH[flags.kind]
     if flags.kind == "arithmetic":
         about = {"data": "arithmetic +", "tokenizer": "arithmetic"}
-        task, vocab_size = arithmetic_task(tasks.Arithmetic("+"), batch_size, machine.device), tasks.Arithmetic.vocab_size
+        task, vocab_size = arithmetic_task(tasks.Arithmetic("+"), machine.device), tasks.Arithmetic.vocab_size
         block_size = tasks.Arithmetic.length
     else:
         source = text.read_text("stdlib")
         ranks = text.train_bpe(source)
         corpus = text.make_corpus("stdlib", source, text.bpe_tokenizer(ranks))
         about = {"data": f"stdlib {corpus.sha256[:12]}", "tokenizer": ranks}
-        task, vocab_size, block_size = text_task(corpus, batch_size, machine.device), len(ranks), CONTEXT
+        task, vocab_size, block_size = text_task(corpus, machine.device), len(ranks), CONTEXT
     config = GPTConfig(vocab_size, block_size, flags.n_layer or LAYERS[flags.kind], flags.n_head, flags.d_model)
-    defaults = PRETRAIN[flags.kind]
-    steps = (flags.steps if flags.command == "pretrain" else flags.pretrain_steps) or defaults.steps
-    lr = flags.lr if flags.command == "pretrain" and flags.lr else defaults.lr
-    settings = replace(defaults, steps=steps, lr=lr, seed=flags.seed, save_every=flags.save_every,
-                       eval_every=flags.eval_every)
+    settings = cli.pretrain_settings(flags, PRETRAIN[flags.kind])
     torch.manual_seed(flags.seed)
     model = GPT(config)
     if flags.command != "pretrain":
@@ -115,11 +112,13 @@ def pretrained(flags, out, machine):
 
 def make_setup(flags, out, machine):
     """What `compare` needs: the base, the data to adapt to, settings, rates and what to show of a model."""
+    if flags.kind == "text":
+        source = text.read_text(flags.data, flags.data_dir)
+        text.split_text(source)   # a file that cannot be used is found out now, not after pretraining
     base, about = pretrained(flags, out, machine)
-    batch_size = flags.batch_size or BATCH[flags.kind]
     if flags.kind == "arithmetic":
         arithmetic = tasks.Arithmetic("-")
-        task, sha = arithmetic_task(arithmetic, batch_size, machine.device), "made by the program"
+        task, sha = arithmetic_task(arithmetic, machine.device), "made by the program"
         prompts, answers = (t.to(machine.device) for t in arithmetic.problems("test", 1000))
 
         def sample(model):   # a few problems, as solved
@@ -127,19 +126,18 @@ def make_setup(flags, out, machine):
             return [tasks.show(p.cpu(), a.cpu(), g.cpu()) for p, a, g in zip(prompts, answers, guesses)]
     else:
         tokenizer = tokenizer_of(about)
-        corpus = text.make_corpus(flags.data, text.read_text(flags.data, flags.data_dir), tokenizer)
-        task, sha = text_task(corpus, batch_size, machine.device), corpus.sha256
+        corpus = text.make_corpus(flags.data, source, tokenizer)
+        task, sha = text_task(corpus, machine.device), corpus.sha256
         prompt = corpus.splits["test"][None, :24].to(machine.device)
 
         def sample(model):   # the test text's first tokens, continued
             g = torch.Generator(machine.device).manual_seed(flags.seed)
             tokens = model.generate(prompt, 80, temperature=0.8, top_k=40, generator=g)
             return [tokenizer.decode(tokens[0].tolist())]
-    settings = replace(FINETUNE[flags.kind], steps=flags.steps or FINETUNE[flags.kind].steps, seed=flags.seed,
-                       save_every=flags.save_every, eval_every=flags.eval_every)
+    settings = cli.finetune_settings(flags, FINETUNE[flags.kind])
     return compare.Setup(base, task, settings, machine, out, flags.targets, RATES[flags.kind], sample,
                  about={k: about[k] for k in ("data", "tokenizer")},
-                 run={"data": flags.data, "sha256": sha, "batch_size": batch_size}, resume=flags.resume, lr=flags.lr)
+                 run={"data": flags.data, "sha256": sha}, resume=flags.resume, lr=flags.lr)
 
 
 def tokenizer_of(about):

@@ -13,15 +13,16 @@ DATA = {   # what --data names: (the set to pretrain on, the set to adapt to)
     "glyphs": ("A", "B"), "mnist": ("fashionmnist", "mnist"), "fashionmnist": ("mnist", "fashionmnist"),
 }
 PATCH = {24: 6, 28: 7}   # patch size for an image size: 4 x 4 patches either way
-PRETRAIN = loop.Settings(steps=2000, lr=1e-3, warmup=0.05, schedule="cosine", weight_decay=0.05, betas=(0.9, 0.98))
-FINETUNE = loop.Settings(steps=200, lr=0.0, head_lr=4e-3)   # lr: see RATES
+PRETRAIN = loop.Settings(steps=2000, lr=1e-3, batch_size=32, warmup=0.05, schedule="cosine",
+                         weight_decay=0.05, betas=(0.9, 0.98))
+FINETUNE = loop.Settings(steps=200, lr=0.0, batch_size=32, head_lr=4e-3)   # lr: see RATES
 MAIN = ["head", "full", "svfit", "svft:pattern=plain", "svft:off_diagonals=2", "svft:off_diagonals=8",
         "lora:rank=1", "lora:rank=2", "lora:rank=8", "dora:rank=8", "vera:rank=256"]
 QUICK = ["head", "full", "svft:off_diagonals=8", "lora:rank=8"]
 RATES = {   # learning rates, found by: python train_vit.py compare --methods ... --tune 5
-    "head": 1e-2, "full": 1e-3, "svfit": 1.2e-1, "svft:pattern=plain": 1.2e-1, "svft:off_diagonals=2": 2.5e-2,
-    "svft:off_diagonals=8": 1e-2, "lora:rank=1": 1e-2, "lora:rank=2": 1e-2, "lora:rank=8": 5e-3,
-    "dora:rank=8": 5e-3, "vera:rank=256": 1e-1,
+    "head": 4e-2, "full": 1e-3, "svfit": 6e-2, "svft:pattern=plain": 6e-2, "svft:off_diagonals=2": 2.5e-2,
+    "svft:off_diagonals=8": 1e-2, "lora:rank=1": 2e-2, "lora:rank=2": 1e-2, "lora:rank=8": 5e-3,
+    "dora:rank=8": 5e-3, "vera:rank=256": 5e-2,
 }
 
 
@@ -49,7 +50,7 @@ def load_data(flags, which, out, per_class):
     return images.load_pictures(which, flags.data_dir, seed=flags.seed, per_class=per_class)
 
 
-def picture_task(pictures, batch_size, device):
+def picture_task(pictures, device):
     """Classification of pictures as a loop.Task: cross entropy, accuracy in percent."""
     splits = {split: (x.to(device), y.to(device)) for split, (x, y) in pictures.splits.items()}
 
@@ -61,7 +62,7 @@ def picture_task(pictures, batch_size, device):
 
     return loop.Task(
         name=pictures.name, metric_name="accuracy", higher_is_better=True, evaluate=evaluate,
-        batch=lambda seed, step: images.batch(*splits["train"], batch_size, seed, step),
+        batch=lambda size, seed, step: images.batch(*splits["train"], size, seed, step),
         loss=lambda model, x, y: F.cross_entropy(model(x), y))
 
 
@@ -73,29 +74,25 @@ def pretrained(flags, out, machine):
     pictures = load_data(flags, which, out, per_class=None)
     size, channels = pictures.splits["train"][0].shape[-1], pictures.splits["train"][0].shape[1]
     config = ViTConfig(size, PATCH[size], channels, len(pictures.classes), flags.n_layer, flags.n_head, flags.d_model)
-    steps = (flags.steps if flags.command == "pretrain" else flags.pretrain_steps) or PRETRAIN.steps
-    lr = flags.lr if flags.command == "pretrain" and flags.lr else PRETRAIN.lr
-    settings = replace(PRETRAIN, steps=steps, lr=lr, seed=flags.seed, save_every=flags.save_every,
-                            eval_every=flags.eval_every)
+    settings = cli.pretrain_settings(flags, PRETRAIN)
     about = {"data": pictures.name, "classes": pictures.classes}
     torch.manual_seed(flags.seed)
     model = ViT(config)
     if flags.command != "pretrain":
         compare.check_words(compare.words_of(flags, MAIN, QUICK), model, flags.targets)
-    return loop.pretrain(model, picture_task(pictures, 32, machine.device), settings, machine,
+    return loop.pretrain(model, picture_task(pictures, machine.device), settings, machine,
                          out / "pretrain", about, flags.resume)
 
 
 def make_setup(flags, out, machine):
     """What `compare` needs: the base with a fresh head, the pictures to adapt to, settings and rates."""
+    pictures = load_data(flags, DATA[flags.data][1], out, flags.per_class or 50)   # first: it may fail
     base, _ = pretrained(flags, out, machine)
-    pictures = load_data(flags, DATA[flags.data][1], out, flags.per_class or 50)
     base.new_head(len(pictures.classes))
-    batch_size = flags.batch_size or 32
-    task = picture_task(pictures, batch_size, machine.device)
+    task = picture_task(pictures, machine.device)
     x, y = (t.to(machine.device) for t in pictures.splits["test"])
-    settings = replace(FINETUNE, steps=flags.steps or FINETUNE.steps, head_lr=flags.head_lr or FINETUNE.head_lr,
-                            seed=flags.seed, save_every=flags.save_every, eval_every=flags.eval_every)
+    settings = cli.finetune_settings(flags, FINETUNE)
+    settings = replace(settings, head_lr=flags.head_lr or settings.head_lr)
 
     @torch.no_grad()
     def sample(model):   # what the model takes the first test pictures for
@@ -104,7 +101,7 @@ def make_setup(flags, out, machine):
     sha = files.sha256_of(pictures.splits["train"][0])
     setup = compare.Setup(base, task, settings, machine, out, flags.targets, RATES, sample,
                   about={"data": pictures.name, "classes": pictures.classes},
-                  run={"data": pictures.name, "sha256": sha, "batch_size": batch_size}, resume=flags.resume, lr=flags.lr)
+                  run={"data": pictures.name, "sha256": sha}, resume=flags.resume, lr=flags.lr)
     return setup, pictures
 
 
@@ -130,7 +127,7 @@ def predict(flags, out, machine):
         raise ValueError(f"{flags.init} was trained on {about['data']}, which does not go with --data {flags.data}")
     pictures = load_data(flags, sets[about["data"]], out, flags.per_class or 50)
     model.to(machine.device)
-    scores = loop.evaluate(model, picture_task(pictures, 1, machine.device), "test")
+    scores = loop.evaluate(model, picture_task(pictures, machine.device), "test")
     with torch.no_grad():
         guesses = model.eval()(pictures.splits["test"][0][:24].to(machine.device)).argmax(dim=1).tolist()
     x, y = pictures.splits["test"]

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from . import report
@@ -38,17 +39,17 @@ def parser(script, about, commands, data):
                + ", with options and targets: svft:pattern=banded,off_diagonals=8@query,value")
     a = p.add_argument
     a("command", nargs="?", default="story", metavar="command", help=" | ".join(commands) + " (none: the whole story)")
-    a("--quick", action="store_true", help="story: four rows in under a minute, for a lecture")
+    a("--quick", action="store_true", help="story: four rows in under a minute, from a fifth of the pretraining")
     a("--all", action="store_true", help="story: every method's examples")
     a("--data", default=data[0], metavar="NAME", help=" | ".join(data))
     a("--data-dir", default=None, metavar="DIR", help="where real data lie, or are downloaded to")
     a("--out", default=None, metavar="DIR", help="where results go (default out/SCRIPT-DATA)")
     a("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
-    a("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of autocast; weights stay float32")
+    a("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of autocast")
     a("--seed", type=number(0), default=0, help="of everything that is drawn")
     a("--steps", type=number(1), default=None, help="fine-tuning steps; pretraining steps for pretrain")
     a("--pretrain-steps", type=number(1), default=None, help="pretraining steps where the base is not there yet")
-    a("--batch-size", type=number(1), default=None, help="examples in a batch of fine-tuning")
+    a("--batch-size", type=number(1), default=None, help="of fine-tuning; of pretraining for pretrain")
     a("--lr", type=number(0, float, True), default=None, help="learning rate in place of the tuned ones")
     a("--targets", default=",".join(TARGETS), metavar="A,B", help="layers to adapt, where a method's word names none")
     a("--method", default=None, metavar="M", help="finetune: the method's word")
@@ -99,9 +100,25 @@ def check_flags(p, flags, commands, data):
         parse_method(word)
 
 
+def pretrain_settings(flags, defaults):
+    """defaults with what the flags say of pretraining: --steps, --lr and --batch-size speak of it in
+    the command pretrain only."""
+    own = flags.command == "pretrain"
+    return replace(defaults, steps=(flags.steps if own else flags.pretrain_steps) or defaults.steps // (5 if flags.quick else 1),
+                   lr=own and flags.lr or defaults.lr, batch_size=own and flags.batch_size or defaults.batch_size,
+                   seed=flags.seed, save_every=flags.save_every, eval_every=flags.eval_every)
+
+
+def finetune_settings(flags, defaults):
+    """defaults with what the flags say of fine-tuning, but for the learning rate, which is the method's."""
+    return replace(defaults, steps=flags.steps or defaults.steps // (2 if flags.quick else 1),
+                   batch_size=flags.batch_size or defaults.batch_size,
+                   seed=flags.seed, save_every=flags.save_every, eval_every=flags.eval_every)
+
+
 def out_folder(flags, default):
     """The folder of --out, made now: better than after an hour. Raises ValueError where it is a file."""
-    out = Path(flags.out or default)
+    out = Path(flags.out or default + ("-quick" if flags.quick else ""))
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: give a folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -144,6 +161,9 @@ def run(main, argv):
         return main(argv) or 0
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:   # between two trainings, or a second Ctrl-C
+        print("stopped; what trains goes on by the same command with --resume", file=sys.stderr)
         return 130
     except Diverged as error:
         print(f"error: {error}", file=sys.stderr)

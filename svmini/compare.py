@@ -124,17 +124,27 @@ def finished(word, setup, seed, lr):
     path = setup.out / "runs" / f"{slug(word)}-seed{seed}" / "row.json"
     if not setup.resume or not path.is_file():
         return None
+    targets = parse_method(word)[2] or setup.targets
+    return kept(path, conditions(setup, settings_of(word, setup, seed, lr)) | {"lr": lr, "targets": list(targets)})["row"]
+
+
+def conditions(setup, s):
+    """What decides a result besides the method, its targets, its rate and the seed."""
+    return setup.run | {"base": fingerprint(setup.base), "steps": s.steps, "batch_size": s.batch_size, "head_lr": s.head_lr,
+                        "dtype": str(setup.machine.dtype)}
+
+
+def kept(path, now):
+    """The content of a JSON file of an earlier command. Raises ValueError where its "flags" are not those of now."""
     try:
-        row = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"{path} is damaged: delete it to have that run made again") from None
-    s = settings_of(word, setup, seed, lr)
-    now = setup.run | {"base": fingerprint(setup.base), "steps": s.steps, "lr": s.lr, "head_lr": s.head_lr,
-                       "dtype": str(setup.machine.dtype)}
-    other = [f"{k} was {row['flags'].get(k)!r} and is {v!r}" for k, v in now.items() if row["flags"].get(k) != v]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        was = content["flags"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged: delete it to have it made again") from None
+    other = [f"{k} was {was.get(k)!r} and is {v!r}" for k, v in now.items() if was.get(k) != v]
     if other:
         raise ValueError(f"{path} was made with other settings: {'; '.join(other)}: give another --out")
-    return row["row"]
+    return content
 
 
 def words_of(flags, main, quick):
@@ -212,8 +222,9 @@ def tune(words, setup, points):
     keeps it in out/tune.json, where a resumed command finds it.
     """
     path, found = setup.out / "tune.json", {}
+    now = conditions(setup, setup.settings) | {"targets": list(setup.targets), "seed": setup.settings.seed}
     if setup.resume and path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = kept(path, now)["found"]
     sign = 1 if setup.task.higher_is_better else -1
     jobs = [(w, rate_of(w, setup) * 2.0 ** (i - (points - 1) // 2)) for w in words for i in range(points)]
     for word, lr in tqdm(jobs, "tune", leave=False, disable=None):
@@ -232,7 +243,7 @@ def tune(words, setup, points):
         scores["val"].append(value)
         sound = [(sign * v, -r, r) for v, r in zip(scores["val"], scores["lr"]) if v is not None]   # ties: the smaller
         scores["best"] = max(sound)[-1] if sound else None
-        files.write_text(path, json.dumps(found, indent=1))
+        files.write_text(path, json.dumps({"flags": now, "found": found}, indent=1))
     return found
 
 

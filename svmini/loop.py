@@ -21,7 +21,7 @@ from .adapter import head_of, merge
 class Task:
     """Data and a measure of success.
 
-    batch(seed, step) -> (x, y), a function of its arguments alone; loss(model, x, y) -> scalar; and
+    batch(size, seed, step) -> (x, y), a function of its arguments alone; loss(model, x, y) -> scalar; and
     evaluate(model, split) -> {"loss": float or None, "metric": float} for split "val" or "test".
     """
     name: str
@@ -38,6 +38,7 @@ class Settings:
     schedule: "cosine" or "linear" decay to 0 after the warm-up. eval_every, save_every: in steps, 0 for the end only."""
     steps: int
     lr: float
+    batch_size: int
     head_lr: float | None = None
     warmup: float = 0.1
     schedule: str = "linear"
@@ -127,7 +128,7 @@ def train(model, task, s, machine, folder=None, flags=None, resume=False, label=
             began = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * rate(step, s)
-            x, y = (t.to(machine.device, non_blocking=True) for t in task.batch(s.seed, step))
+            x, y = (t.to(machine.device, non_blocking=True) for t in task.batch(s.batch_size, s.seed, step))
             with machine.autocast():
                 loss = task.loss(model, x, y)
             scaler.scale(loss).backward()
@@ -137,24 +138,24 @@ def train(model, task, s, machine, folder=None, flags=None, resume=False, label=
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             done = step + 1
-            due = [every and done % every == 0 or done == s.steps or stop.is_set()
-                   for every in (s.eval_every, s.save_every)]
-            if done % 10 == 0 or any(due):   # reading the loss waits for a GPU: not at every step
-                value = loss.item()
+            stopping = stop.is_set()   # asked once a step: what is said to be written below must be written
+            due = [every and done % every == 0 or done == s.steps for every in (s.eval_every, s.save_every)]
+            if done % 10 == 0 or any(due) or stopping:   # reading the loss waits for a GPU: not at every step
+                # a step can also ruin the weights with a loss that was finite before it
+                value = loss.item() if all(p.isfinite().all() for p in trained) else math.nan
                 if not math.isfinite(value):
                     raise Diverged(f"{label}: the loss is {value} at step {done}, learning rate "
                                    f"{s.lr * rate(step, s):.2g}: try a lower --lr")
                 bar.set_postfix(loss=f"{value:.3f}", lr=f"{s.lr * rate(step, s):.1e}")
             seconds += time.perf_counter() - began
             bar.update()
-            if due[0] and not stop.is_set():
+            if due[0]:
                 run.evaluate(done, s.lr * rate(step, s), machine)
-            if due[1] and folder is not None:
+            if (due[1] or stopping) and folder is not None:
                 run.save("last.pt", done)
-            if stop.is_set() and done < s.steps:
-                raise Stopped(f"stopped at step {done} of {s.steps}" + (
-                    f"; {Path(folder) / 'last.pt'} is written: the same command with --resume goes on"
-                    if folder is not None else ""))
+            if stopping or done == s.steps and stop.is_set():   # the last evaluation may be where Ctrl-C came
+                raise Stopped(f"{label}: stopped at step {done} of {s.steps}; the same command with --resume goes on"
+                              + (f" from {run.folder / 'last.pt'}" if folder is not None else ""))
     return {"ms_per_step": 1000 * seconds / max(1, s.steps - start), "log": run.log}
 
 
@@ -209,11 +210,14 @@ class Run:
 
 @torch.no_grad()
 def evaluate(model, task, split):
-    """task.evaluate in eval mode and without gradients."""
+    """task.evaluate in eval mode and without gradients. Raises Diverged where a score is not finite."""
     was_training = model.training
     model.eval()
     scores = task.evaluate(model, split)
     model.train(was_training)
+    for name, value in scores.items():
+        if value is not None and not math.isfinite(value):
+            raise Diverged(f"{task.name}: the {name} on {split} is {value}: try a lower --lr")
     return scores
 
 

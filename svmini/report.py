@@ -24,7 +24,7 @@ def summarise(rows):
         sound = [r for r in runs if r["metric"] is not None]
         differences = [r["metric"] - reference[r["seed"]] for r in sound if reference.get(r["seed"]) is not None]
         recovered = [r["recovered"] for r in sound if r["recovered"] is not None]
-        first = runs[0]
+        first = (sound or runs)[0]
         table.append({
             **{k: first.get(k) for k in ("method", "adapter", "head", "percent", "lr", "adapter_bytes")},
             "metrics": [r["metric"] for r in sound], "differences": differences if word != REFERENCE else [],
