@@ -26,13 +26,13 @@ MAIN = ["full", "svfit", "svft:pattern=plain", "svft:off_diagonals=2", "svft:off
 QUICK = ["full", "svft:off_diagonals=8", "lora:rank=8"]
 RATES = {   # learning rates, found by: python train_gpt.py compare --methods ... --tune 5 [--data arithmetic]
     "text": {
-        "full": 2e-3, "svfit": 8e-2, "svft:pattern=plain": 8e-2, "svft:off_diagonals=2": 4e-2,
-        "svft:off_diagonals=8": 2e-2, "lora:rank=1": 1e-2, "lora:rank=2": 1e-2, "lora:rank=8": 1e-2,
-        "dora:rank=8": 1e-2, "vera:rank=256": 4e-2},
+        "full": 2e-3, "svfit": 1.6e-1, "svft:pattern=plain": 1.6e-1, "svft:off_diagonals=2": 8e-2,
+        "svft:off_diagonals=8": 4e-2, "lora:rank=1": 2e-2, "lora:rank=2": 2e-2, "lora:rank=8": 1e-2,
+        "dora:rank=8": 1e-2, "vera:rank=256": 1e-1},
     "arithmetic": {
-        "full": 2e-3, "svfit": 8e-2, "svft:pattern=plain": 8e-2, "svft:off_diagonals=2": 4e-2,
-        "svft:off_diagonals=8": 2e-2, "lora:rank=1": 1e-2, "lora:rank=2": 1e-2, "lora:rank=8": 1e-2,
-        "dora:rank=8": 1e-2, "vera:rank=256": 4e-2},
+        "full": 2e-3, "svfit": 1.6e-1, "svft:pattern=plain": 1.6e-1, "svft:off_diagonals=2": 4e-2,
+        "svft:off_diagonals=8": 2e-2, "lora:rank=1": 2e-2, "lora:rank=2": 1e-2, "lora:rank=8": 1e-2,
+        "dora:rank=8": 1e-2, "vera:rank=256": 5e-2},
 }
 
 
@@ -178,6 +178,7 @@ def generate(flags, machine):
     else:
         tokens = torch.tensor([tokenizer_of(about).encode_ordinary(flags.prompt)], device=machine.device)
         length = flags.length
+    print(machine.reason, file=sys.stderr)
     tokens = model.generate(tokens, length, flags.temperature, flags.top_k, generator)[0].cpu()
     print(tasks.decode(tokens) if about["tokenizer"] == "arithmetic" else tokenizer_of(about).decode(tokens.tolist()))
 
@@ -190,7 +191,8 @@ def command(argv):
     flags = flags_of(argv)
     machine = loop.pick_machine(flags.device, flags.dtype)
     out = cli.out_folder(flags, "out/gpt-" + compare.slug(flags.data))
-    print(machine.reason, file=sys.stderr if flags.command == "generate" else sys.stdout)
+    if flags.command != "generate":   # whose output is the text alone
+        print(machine.reason)
     if flags.command == "pretrain":
         pretrained(flags, out, machine)
     elif flags.command == "generate":

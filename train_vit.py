@@ -20,7 +20,7 @@ MAIN = ["head", "full", "svfit", "svft:pattern=plain", "svft:off_diagonals=2", "
         "lora:rank=1", "lora:rank=2", "lora:rank=8", "dora:rank=8", "vera:rank=256"]
 QUICK = ["head", "full", "svft:off_diagonals=8", "lora:rank=8"]
 RATES = {   # learning rates, found by: python train_vit.py compare --methods ... --tune 5
-    "head": 4e-2, "full": 1e-3, "svfit": 6e-2, "svft:pattern=plain": 6e-2, "svft:off_diagonals=2": 2.5e-2,
+    "head": 8e-2, "full": 1e-3, "svfit": 6e-2, "svft:pattern=plain": 6e-2, "svft:off_diagonals=2": 2.5e-2,
     "svft:off_diagonals=8": 1e-2, "lora:rank=1": 2e-2, "lora:rank=2": 1e-2, "lora:rank=8": 5e-3,
     "dora:rank=8": 5e-3, "vera:rank=256": 5e-2,
 }

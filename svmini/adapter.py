@@ -125,7 +125,7 @@ def fingerprint(model):
 def find_linears(model, targets):
     """{name: nn.Linear} for every layer whose last name part is in targets. Raises ValueError or TypeError in a
     sentence for a target that matches nothing, or nothing that can be adapted."""
-    if isinstance(targets, str) or not all(isinstance(t, str) for t in targets) or not targets:
+    if not isinstance(targets, (list, tuple)) or not targets or not all(isinstance(t, str) for t in targets):
         raise TypeError(f"targets must be a list of names such as ('query', 'value'), not {targets!r}")
     tied, found = _tied(model), {}
     last_parts = {}
@@ -267,31 +267,47 @@ def load_adapter(model, path):
     """
     content = files.load(path, "adapter")
     _refuse_adapted(model)
+    _same_keys(path, content, ("kind", "format", "method", "options", "targets", "base", "layers", "head"))
     method, head = content["method"], head_of(model)
-    options_of(method)
+    check_options(method, content["options"])
     if content["base"] != fingerprint(model):
         raise ValueError(f"{path} was trained on another base model: load the checkpoint or weights it started from")
-    if (content["head"] is None) != (head is None) or head is not None and (
-            content["head"]["weight"].shape != head.weight.shape):
-        theirs = "no head" if content["head"] is None else f"a head of {len(content['head']['weight'])} classes"
-        ours = "no head of its own" if head is None else f"one of {len(head.weight)}"
+    theirs, ours = _shapes(content["head"]), _shapes(None if head is None else head.state_dict())
+    if theirs != ours:
         raise ValueError(f"{path} holds {theirs}, the model has {ours}")
-    linears = dict(model.named_modules())
-    layers = {}
-    for name, saved in tqdm(content["layers"].items(), "load adapter", leave=False, delay=2, disable=None):
-        if type(linears.get(name)) is not nn.Linear:
-            raise ValueError(f"{path} adapts {name}, which is no nn.Linear of this model")
-        layers[name] = METHODS[method](linears[name], **saved["options"])
-        try:
-            layers[name].load_state_dict(saved["state"])
-        except RuntimeError as error:
-            raise ValueError(f"{path} does not fit {method} at {name}: {' '.join(str(error).split())}") from None
-        Wz = probe(layers[name].weight())
-        if not (Wz - saved["probe"]).norm() <= 1e-4 * saved["probe"].norm():   # `not <=` also catches nan
-            raise ValueError(f"{path} does not give back the matrix that was trained at {name}: "
-                             "the file or the factors of the base have changed")
+    linears = {} if method == "head" else find_linears(model, content["targets"])
+    _same_keys(path, content["layers"], linears)
+    layers = {name: _load_layer(path, name, method, linears[name], saved) for name, saved in
+              tqdm(content["layers"].items(), "load adapter", leave=False, delay=2, disable=None)}
     _put(model, layers)
     if head is not None:
         head.load_state_dict(content["head"])
     model.adaptation = {k: content[k] for k in ("method", "options", "targets", "base")}
     return model
+
+
+def _load_layer(path, name, method, linear, saved):
+    """One adapter as the file has it, if its W z comes out as it was."""
+    _same_keys(path, saved, ("options", "state", "probe"))
+    check_options(method, saved["options"])
+    adapter = METHODS[method](linear, **saved["options"])
+    try:
+        adapter.load_state_dict(saved["state"])
+        Wz = probe(adapter.weight())
+    except (RuntimeError, IndexError) as error:   # missing, surplus and misshapen tensors; positions out of range
+        raise ValueError(f"{path} does not fit {method} at {name}: {' '.join(str(error).split())}") from None
+    if not (Wz - saved["probe"]).norm() <= 1e-4 * saved["probe"].norm():   # `not <=` also catches nan
+        raise ValueError(f"{path} does not give back the matrix that was trained at {name}: "
+                         "the file or the factors of the base have changed")
+    return adapter
+
+
+def _same_keys(path, part, expected):
+    missing, surplus = [sorted(a - b) for a, b in ((set(expected), set(part)), (set(part), set(expected)))]
+    if missing or surplus:
+        raise ValueError(f"{path} is damaged: missing {missing or 'nothing'}, surplus {surplus or 'nothing'}")
+
+
+def _shapes(head):
+    """A head's state dict in words."""
+    return "no head" if head is None else "a head of " + ", ".join(f"{k} {tuple(v.shape)}" for k, v in head.items())

@@ -164,6 +164,7 @@ def check_words(words, model, targets):
 def run_command(flags, setup, main, quick):
     """story, compare or finetune: run the methods, print and write the results; returns the rows."""
     words = words_of_all(setup, main) if flags.all else words_of(flags, main, quick)
+    check_words(words, setup.base, setup.targets)
     tuning = None
     if flags.tune:
         tuning = tune(words, setup, flags.tune)
@@ -187,7 +188,6 @@ def compare(words, setup, seeds):
 
     A run whose loss diverges becomes a row without a metric, and the next one goes on.
     """
-    check_words(words, setup.base, setup.targets)
     rows = [] if head_of(setup.base) is not None else [start_row(setup)]
     jobs = [(word, seed) for seed in seeds for word in words]
     for word, seed in tqdm(jobs, "methods", leave=False, disable=None):

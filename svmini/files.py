@@ -62,7 +62,7 @@ def load(path, kind):
                          f"file ({reason})") from None
     found = content.get("kind") if isinstance(content, dict) else None
     if found != f"svmini {kind}":
-        raise ValueError(f"{path} holds {'an ' + found if found else 'something else'}, not an svmini {kind}")
-    if content["format"] != 1:
-        raise ValueError(f"{path} has format {content['format']}; this svmini reads format 1: use a newer svmini")
+        raise ValueError(f"{path} holds {f'an {found}' if found else 'something else'}, not an svmini {kind}")
+    if content.get("format") != 1:
+        raise ValueError(f"{path} has format {content.get('format')}; this svmini reads format 1: use a newer svmini")
     return content

@@ -48,7 +48,7 @@ class LoRA(Adapter):
     @staticmethod
     def check(d_out, d_in, *, rank=8, alpha=None, init="kaiming"):
         whole("rank", rank, 1, min(d_out, d_in))
-        if alpha is not None and not (isinstance(alpha, (int, float)) and alpha > 0):
+        if alpha is not None and not (isinstance(alpha, (int, float)) and 0 < alpha < float("inf")):
             raise ValueError(f"alpha must be a number above 0, not {alpha!r}")
         if init not in ("kaiming", "pissa"):
             raise ValueError(f"init must be kaiming or pissa, not {init!r}")

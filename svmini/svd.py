@@ -36,7 +36,7 @@ def apply_factors(x, U, core, Vt, bias):
       diagonal core   build W first  3 + 2D/T                  through the activations  2 + 2a
       any core        build W first  3 + 2(1 + a)D/T           folded into the smaller factor  2 + 3a + 2aD/T
                                                                through the activations  2 + 5a
-    So a square matrix is built for many tokens (T > 2D, T > D), and nothing else ever is.
+    So a square matrix is built for many tokens (T > 2D, T > D), a wide or tall one (a below 1/2, 1/3) never.
     """
     D, T = core.shape[0], x.numel() // x.shape[-1]
     a = D / max(U.shape[0], Vt.shape[1])

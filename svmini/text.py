@@ -89,7 +89,7 @@ def tinyshakespeare(data_dir):
     except Exception as error:   # besides OSError, a broken connection raises http.client's own kind
         why = " ".join(str(error).split()) or type(error).__name__   # one line
         raise FileNotFoundError(f"{target} is missing and could not be fetched from {SHAKESPEARE_URL} ({why}): put "
-                                f"it there by hand, or use the text 'stdlib', which needs no network") from None
+                                f"it there by hand, or use --data topics, which needs no network") from None
     return target
 
 

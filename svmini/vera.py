@@ -9,6 +9,7 @@ columns of one A and the first rows of one B, drawn on the CPU from `seed` in an
 other layers there are: the pair is made again from the seed and never stored.
 """
 
+import math
 from functools import lru_cache
 
 import torch
@@ -45,7 +46,7 @@ class VeRA(Adapter):
     def check(d_out, d_in, *, rank=256, seed=0, d_init=0.1):
         whole("rank", rank, 1)
         whole("seed", seed, 0)
-        if not isinstance(d_init, (int, float)) or d_init == 0:
+        if not isinstance(d_init, (int, float)) or d_init == 0 or not math.isfinite(d_init):
             raise ValueError(f"d_init must be a number other than 0 (from 0 nothing would learn), not {d_init!r}")
 
 

@@ -1,4 +1,4 @@
-"""Gradients: every method against finite differences and against the papers' closed forms, alone and in whole models."""
+"""Gradients of every method: finite differences, the papers' closed forms, and whole adapted models."""
 
 import pytest
 import torch
