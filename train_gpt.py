@@ -190,13 +190,13 @@ def main(argv=None):
 def command(argv):
     flags = flags_of(argv)
     machine = loop.pick_machine(flags.device, flags.dtype)
+    if flags.command == "generate":   # whose output is the text alone
+        generate(flags, machine)
+        return
     out = cli.out_folder(flags, "out/gpt-" + compare.slug(flags.data))
-    if flags.command != "generate":   # whose output is the text alone
-        print(machine.reason)
+    print(machine.reason)
     if flags.command == "pretrain":
         pretrained(flags, out, machine)
-    elif flags.command == "generate":
-        generate(flags, machine)
     elif flags.command == "merge":
         loop.save_merged(*model_of(flags), out / "merged.pt")
     else:

@@ -35,6 +35,8 @@ def flags_of(argv):
     p.add_argument("--d-model", type=cli.number(1), default=128, help="of the model that is pretrained")
     flags = p.parse_args(argv)
     cli.check_flags(p, flags, COMMANDS, list(DATA))
+    if flags.per_class is not None and flags.data == "glyphs":
+        raise ValueError("--per-class belongs to real data; the glyphs have 50 a class")
     return flags
 
 

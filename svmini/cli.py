@@ -26,7 +26,7 @@ def number(low, kind=int, above=False):
             value = kind(text)
         except ValueError:
             value = float("nan")
-        if not (value > low if above else value >= low) or value == float("inf"):
+        if not (value > low if above else value >= low) or value == float("inf") or kind is int and value > 2**62:
             what = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"must be {what} {'above' if above else 'of at least'} {low}, not {text!r}")
         return value
@@ -66,13 +66,16 @@ def parser(script, about, commands, data):
     return p
 
 
+ADAPTING = ("story", "finetune", "compare")
 BELONGS = {   # flags that only some commands know
     "quick": ("story",), "all": ("story",), "method": ("finetune",), "methods": ("compare",), "tune": ("compare",),
     "seeds": ("story", "compare"), "plot": ("story", "compare"),
     "adapter": ("generate", "predict", "merge"), "prompt": ("generate",), "length": ("generate",),
     "temperature": ("generate",), "top_k": ("generate",),
-    "pretrain_steps": ("story", "finetune", "compare"), "lr": ("pretrain", "story", "finetune", "compare"),
-    "resume": ("pretrain", "story", "finetune", "compare"), "head_lr": ("story", "finetune", "compare"),
+    "pretrain_steps": ADAPTING, "head_lr": ADAPTING, "targets": ADAPTING, "per_class": (*ADAPTING, "predict"),
+    **dict.fromkeys(("lr", "resume", "steps", "batch_size", "save_every", "eval_every", "n_layer", "n_head", "d_model"),
+                    ("pretrain", *ADAPTING)),
+    "init": (*ADAPTING, "generate", "predict", "merge"),
 }
 
 
@@ -91,6 +94,10 @@ def check_flags(p, flags, commands, data):
         raise ValueError("finetune needs --method, such as --method svft:off_diagonals=8")
     if flags.command == "compare" and flags.methods is None:
         raise ValueError("compare needs --methods, such as --methods head full svfit lora:rank=8")
+    for name in ("n_layer", "n_head", "d_model", "pretrain_steps"):
+        if flags.init is not None and getattr(flags, name) != p.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} speaks of a model that is pretrained here, "
+                             "not of one that --init brings")
     if flags.quick and flags.all:
         raise ValueError("--quick and --all exclude each other")
     if flags.plot:

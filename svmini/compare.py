@@ -180,6 +180,8 @@ def run_command(flags, setup, main, quick):
     if flags.plot:
         report.plot(setup.out / "results.png", rows)
         print(f"{setup.out / 'results.png'}")
+    if flags.command == "finetune" and rows[-1].get("failed"):
+        raise Diverged(rows[-1]["failed"])
     return rows
 
 

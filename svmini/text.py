@@ -27,7 +27,7 @@ from .rng import generator
 
 TEXTS = ("stdlib", "topics", "tinyshakespeare")
 SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
-SHORTEST = 1000   # characters; less than this is no corpus
+SHORTEST = 10_000   # characters; less than this is no corpus: a tenth of it must fill a context
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 # Where GPT-2 cuts a text, so that no token crosses a cut: contractions, words, numbers, other marks, spaces
@@ -98,7 +98,7 @@ def read_text(name, data_dir=None):
 
     data_dir (default "data") holds tinyshakespeare/input.txt or input.txt. Windows line ends become "\\n".
     Raises FileNotFoundError for a missing file, ValueError for another name, a file that is not UTF-8, or one
-    with fewer than 1,000 characters.
+    with fewer than 10,000 characters.
     """
     if name == "stdlib":
         return stdlib_source()

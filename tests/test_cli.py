@@ -29,7 +29,7 @@ def things(tmp_path_factory):
     (folder / "cut.pt").write_bytes((folder / "vit.pt").read_bytes()[:-200])
     (folder / "empty.txt").write_text("")
     (folder / "tiny.txt").write_text("too short\n")
-    (folder / "one.txt").write_text("one paragraph only. " * 200)
+    (folder / "one.txt").write_text("one paragraph only. " * 600)
     (folder / "latin.txt").write_bytes("Größe ".encode("latin-1") * 500)
     return folder
 
