@@ -11,6 +11,17 @@ from svmini import METHODS
 
 torch.set_num_threads(1)   # the models are tiny: threads would only wait for one another
 
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: more of the same, beyond the three minutes: python -m pytest -m slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("slow") and "slow" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="slow: python -m pytest -m slow"))
+
+
 EPS = {torch.float32: 1e-5, torch.float64: 1e-10}   # relative to the largest number
 SHAPES = {"square": (16, 16), "wide": (16, 24), "tall": (24, 16)}   # with 3, 20 and 200 tokens: every path there is
 TOKENS = (3, 20, 200)

@@ -571,8 +571,9 @@ def kill_at_random(script, argv, last):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
+@pytest.mark.parametrize("nth", [1, 2, *(pytest.param(i, marks=pytest.mark.slow) for i in range(3, 13))])
 @pytest.mark.parametrize("what", ["pretrain", "finetune"])
-def test_killed_at_a_random_moment_it_goes_on_to_the_last_bit(tmp_path, monkeypatch, what):
+def test_killed_at_a_random_moment_it_goes_on_to_the_last_bit(tmp_path, what, nth):
     if what == "pretrain":
         script, main, argv, run = "train_gpt.py", train_gpt.main, PRETRAIN, "pretrain"
     else:
