@@ -26,13 +26,13 @@ MAIN = ["full", "svfit", "svft:pattern=plain", "svft:off_diagonals=2", "svft:off
 QUICK = ["full", "svft:off_diagonals=8", "lora:rank=8"]
 RATES = {   # learning rates, found by: python train_gpt.py compare --methods ... --tune 5 [--data arithmetic]
     "text": {
-        "full": 2e-3, "svfit": 1.6e-1, "svft:pattern=plain": 1.6e-1, "svft:off_diagonals=2": 8e-2,
-        "svft:off_diagonals=8": 4e-2, "lora:rank=1": 2e-2, "lora:rank=2": 2e-2, "lora:rank=8": 1e-2,
-        "dora:rank=8": 1e-2, "vera:rank=256": 1e-1},
+        "full": 4e-3, "svfit": 1.6e-1, "svft:pattern=plain": 1.6e-1, "svft:off_diagonals=2": 8e-2,
+        "svft:off_diagonals=8": 4e-2, "lora:rank=1": 4e-2, "lora:rank=2": 2e-2, "lora:rank=8": 2e-2,
+        "dora:rank=8": 2e-2, "vera:rank=256": 1e-1},
     "arithmetic": {
-        "full": 2e-3, "svfit": 1.6e-1, "svft:pattern=plain": 1.6e-1, "svft:off_diagonals=2": 4e-2,
-        "svft:off_diagonals=8": 2e-2, "lora:rank=1": 2e-2, "lora:rank=2": 1e-2, "lora:rank=8": 1e-2,
-        "dora:rank=8": 1e-2, "vera:rank=256": 5e-2},
+        "full": 4e-3, "svfit": 8e-2, "svft:pattern=plain": 8e-2, "svft:off_diagonals=2": 4e-2,
+        "svft:off_diagonals=8": 4e-2, "lora:rank=1": 2e-2, "lora:rank=2": 1e-2, "lora:rank=8": 1e-2,
+        "dora:rank=8": 2e-2, "vera:rank=256": 1e-1},
 }
 
 
