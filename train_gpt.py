@@ -16,7 +16,7 @@ PRETRAIN = {
     "arithmetic": loop.Settings(steps=1500, lr=2e-3, batch_size=64, warmup=0.05, schedule="cosine",
                                 weight_decay=0.1, betas=(0.9, 0.95)),
 }
-FINETUNE = {   # lr: see RATES
+FINETUNE = {   # lr: put in from RATES, word by word
     "text": loop.Settings(steps=200, lr=0.0, batch_size=8),
     "arithmetic": loop.Settings(steps=300, lr=0.0, batch_size=64),
 }
@@ -40,9 +40,9 @@ def flags_of(argv):
     p = cli.parser("train_gpt.py", __doc__.split(":")[0], COMMANDS, DATA)
     p.add_argument("--prompt", default=None, metavar="TEXT", help="generate: what to continue")
     p.add_argument("--length", type=cli.number(1), default=100, help="generate: tokens to add")
-    p.add_argument("--temperature", type=cli.number(0, float), default=0.8, help="generate: 0 takes the likeliest token")
+    p.add_argument("--temperature", type=cli.number(0, float), default=0.8, help="generate: 0 is greedy")
     p.add_argument("--top-k", type=cli.number(1), default=None, help="generate: draw from the k likeliest tokens")
-    p.add_argument("--n-layer", type=cli.number(1), default=None, help="of the model that is pretrained (4; arithmetic 3)")
+    p.add_argument("--n-layer", type=cli.number(1), default=None, help="of the model that is pretrained (4; 3)")
     p.add_argument("--n-head", type=cli.number(1), default=4, help="of the model that is pretrained")
     p.add_argument("--d-model", type=cli.number(1), default=128, help="of the model that is pretrained")
     flags = p.parse_args(argv)
@@ -148,7 +148,8 @@ def show_samples(rows):
     """Print what the base and the best adapter made of the same prompt or problems."""
     first = [r for r in rows if r["seed"] == rows[0]["seed"] and r["metric"] is not None]
     sign = 1 if rows[0]["higher_is_better"] else -1
-    best = max((r for r in first if r["method"] not in ("start", "full")), key=lambda r: sign * r["metric"], default=None)
+    best = max((r for r in first if r["method"] not in ("start", "full")), default=None,
+               key=lambda r: sign * r["metric"])
     for title, row in (("before", first[0]), (f"after, {best and best['method']}", best)):
         if row is not None and row["sample"]:
             print(f"\n--- {title} ---\n" + "\n".join(row["sample"]))
@@ -156,12 +157,15 @@ def show_samples(rows):
 
 def model_of(flags):
     """The model of --init, with --adapter on it where that is given. Returns (model, about)."""
+    if flags.command == "merge" and flags.adapter is None:
+        raise ValueError("merge needs --adapter FILE beside --init FILE")
     if flags.init is None:
         raise ValueError(f"{flags.command} needs --init FILE, a model file such as out/gpt-topics/pretrain/model.pt")
     model, about = loop.load_model(flags.init, GPT)
     if flags.adapter is not None:
         load_adapter(model, flags.adapter)
-        about = {"data": flags.data, "tokenizer": about["tokenizer"]}
+        data = "arithmetic -" if about["tokenizer"] == "arithmetic" else "text"
+        about = {"data": data, "tokenizer": about["tokenizer"]}
     return model, about
 
 

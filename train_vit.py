@@ -15,7 +15,7 @@ DATA = {   # what --data names: (the set to pretrain on, the set to adapt to)
 PATCH = {24: 6, 28: 7}   # patch size for an image size: 4 x 4 patches either way
 PRETRAIN = loop.Settings(steps=2000, lr=1e-3, batch_size=32, warmup=0.05, schedule="cosine",
                          weight_decay=0.05, betas=(0.9, 0.98))
-FINETUNE = loop.Settings(steps=200, lr=0.0, batch_size=32, head_lr=4e-3)   # lr: see RATES
+FINETUNE = loop.Settings(steps=200, lr=0.0, batch_size=32, head_lr=4e-3)   # lr: put in from RATES, word by word
 MAIN = ["head", "full", "svfit", "svft:pattern=plain", "svft:off_diagonals=2", "svft:off_diagonals=8",
         "lora:rank=1", "lora:rank=2", "lora:rank=8", "dora:rank=8", "vera:rank=256"]
 QUICK = ["head", "full", "svft:off_diagonals=8", "lora:rank=8"]
@@ -29,12 +29,14 @@ RATES = {   # learning rates, found by: python train_vit.py compare --methods ..
 def flags_of(argv):
     p = cli.parser("train_vit.py", __doc__.split(":")[0], COMMANDS, list(DATA))
     p.add_argument("--head-lr", type=cli.number(0, float, True), default=None, help="learning rate of the head")
-    p.add_argument("--per-class", type=cli.number(1), default=None, help="training pictures a class of a real set (default 50)")
+    p.add_argument("--per-class", type=cli.number(1), default=None, help="training pictures a class of real data (50)")
     p.add_argument("--n-layer", type=cli.number(1), default=4, help="of the model that is pretrained")
     p.add_argument("--n-head", type=cli.number(1), default=4, help="of the model that is pretrained")
     p.add_argument("--d-model", type=cli.number(1), default=128, help="of the model that is pretrained")
     flags = p.parse_args(argv)
     cli.check_flags(p, flags, COMMANDS, list(DATA))
+    if flags.head_lr is not None and flags.method == "head":
+        raise ValueError("a head alone has one learning rate: give it as --lr")
     if flags.per_class is not None and flags.data == "glyphs":
         raise ValueError("--per-class belongs to real data; the glyphs have 50 a class")
     return flags
@@ -117,7 +119,8 @@ def save_picture(out, pictures, rows):
     x, y = pictures.splits["test"]
     images.save_grid(out / "pictures.png", x[:24], y[:24].tolist(), head and head["sample"], best["sample"],
                      pictures.classes)
-    print(f"{out / 'pictures.png'}: test pictures before (head alone) and after ({best['method']})")
+    before = "before (head alone) and " if head else ""
+    print(f"{out / 'pictures.png'}: test pictures {before}after ({best['method']})")
 
 
 def predict(flags, out, machine):
@@ -125,8 +128,6 @@ def predict(flags, out, machine):
     the data to adapt to."""
     model, about = model_of(flags)
     sets = {set_name(flags, i): DATA[flags.data][i] for i in (0, 1)}
-    if about["data"] not in sets:
-        raise ValueError(f"{flags.init} was trained on {about['data']}, which does not go with --data {flags.data}")
     pictures = load_data(flags, sets[about["data"]], out, flags.per_class or 50)
     model.to(machine.device)
     scores = loop.evaluate(model, picture_task(pictures, machine.device), "test")
@@ -139,9 +140,13 @@ def predict(flags, out, machine):
 
 def model_of(flags):
     """The model of --init, with --adapter on it where that is given. Returns (model, about)."""
+    if flags.command == "merge" and flags.adapter is None:
+        raise ValueError("merge needs --adapter FILE beside --init FILE")
     if flags.init is None:
         raise ValueError(f"{flags.command} needs --init FILE, a model file such as out/vit-glyphs/pretrain/model.pt")
     model, about = loop.load_model(flags.init, ViT)
+    if about["data"] not in (set_name(flags, 0), set_name(flags, 1)):
+        raise ValueError(f"{flags.init} was trained on {about['data']}, which does not go with --data {flags.data}")
     if flags.adapter is not None:
         head = files.load(flags.adapter, "adapter")["head"]
         if head is not None and len(head["bias"]) != model.config.num_classes:

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import inspect
+import math
 
 import torch
 import torch.nn as nn
@@ -66,9 +67,14 @@ def whole(name, value, low, high=None):
         raise ValueError(f"{name} must be a whole number {limits}, not {value!r}")
 
 
+def is_number(value):
+    """A finite int or float, and not a bool, which Python counts as an int."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def nearest(word, words):
     """' (did you mean X?)' or ''."""
-    near = difflib.get_close_matches(str(word), list(words), n=1)
+    near = difflib.get_close_matches(str(word).lower(), list(words), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
@@ -136,10 +142,10 @@ def find_linears(model, targets):
     for target in targets:
         if target not in last_parts:
             raise ValueError(f"target {target!r} matches no layer{nearest(target, linears)}; "
-                             f"this model has: {', '.join(linears)}")
+                             f"targets are last parts of layer names, here: {', '.join(linears)}")
         for name, part in last_parts[target]:
             if type(part) is not nn.Linear:
-                raise ValueError(f"{name} is a {type(part).__name__} and not a plain nn.Linear; "
+                raise ValueError(f"{name} is no plain nn.Linear but {type(part).__name__}; "
                                  f"targets can be: {', '.join(linears)}")
             if id(part.weight) in tied:
                 raise ValueError(f"{name} is tied to another layer, which would change with it; "
@@ -173,7 +179,8 @@ def adapt(model, method, targets=TARGETS, **options):
 
     model: any nn.Module that holds nn.Linears.  method: a word of METHODS, or "full" (train everything) or "head".
     targets: last parts of layer names.  options: those of the method.
-    A head of its own (ViT's) stays trainable; a tied one (GPT's) is frozen. Every layer is checked before one is
+    An nn.Linear of its own at model.head (ViT's) stays trainable; a tied one (GPT's) and any other is frozen.
+    Every layer is checked before one is
     changed. Raises ValueError or TypeError that names the layer and says what would work; the model is then as it was.
     """
     check_options(method, options)
@@ -195,8 +202,9 @@ def adapt(model, method, targets=TARGETS, **options):
 
 
 def _refuse_adapted(model):
-    for name, part in adapters(model).items():
-        raise ValueError(f"{name} is already adapted with {model.adaptation['method']}: merge the model first")
+    if adapters(model):
+        raise ValueError(f"{next(iter(adapters(model)))} is already adapted with {model.adaptation['method']}: "
+                         "merge the model first")
 
 
 def _put(model, layers):
@@ -244,8 +252,8 @@ def probe(weight):
 def save_adapter(model, path):
     """Write what was trained to one small file, whole or not at all.
 
-    It holds the method, its resolved options, the targets, the base's fingerprint, and for each adapted layer its
-    trained numbers (with the positions of svft's random and topk) and W z; a ViT's head too.
+    It holds the method, its options, the targets, the base's fingerprint, and for each adapted layer the options as
+    resolved there, the trained numbers (with the positions of svft's random and topk) and W z; a ViT's head too.
     Raises ValueError for a model that was not adapted, or in full: that belongs into a checkpoint.
     """
     if not hasattr(model, "adaptation"):

@@ -37,7 +37,7 @@ class BOFT(Adapter):
     def rotate(self, x):
         """R x for every row of x (..., d_in)."""
         shape, b = x.shape, self.b
-        for i, block in enumerate(self.blocks()):                       # (d_in / b, b, b), F_1 first
+        for i, block in enumerate(self.blocks()):                       # (d_in / b, b, b); F_1 first, at i = 0
             x = x.reshape(-1, self.d_in // (b * 2 ** i), 2, 2 ** i, b // 2).transpose(2, 3)
             x = x.reshape(-1, self.d_in // b, b)                        # (T, d_in / b, b)
             x = torch.einsum("tnj,nij->tni", x, block)

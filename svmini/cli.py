@@ -8,7 +8,6 @@ from pathlib import Path
 
 from . import report
 from .adapter import METHODS, TARGETS, check_options, nearest, options_of
-
 from .loop import Diverged, Stopped
 
 
@@ -28,14 +27,17 @@ def number(low, kind=int, above=False):
             value = float("nan")
         if not (value > low if above else value >= low) or value == float("inf") or kind is int and value > 2**62:
             what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {what} {'above' if above else 'of at least'} {low}, not {text!r}")
+            limit = f"{'above' if above else 'of at least'} {low}"
+            raise argparse.ArgumentTypeError(f"must be {what} {limit}, not {text!r}")
         return value
     return convert
 
 
 def parser(script, about, commands, data):
     """The flags of both scripts, each with its help on one line; scripts add their own."""
-    p = Parser(script, description=about, epilog="A method is one word: full, head, " + ", ".join(METHODS)
+    wide = lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=130)   # a flag on a line
+    p = Parser(script, description=about, formatter_class=wide,
+               epilog="A method is one word: full, head, " + ", ".join(METHODS)
                + ", with options and targets: svft:pattern=banded,off_diagonals=8@query,value")
     a = p.add_argument
     a("command", nargs="?", default="story", metavar="command", help=" | ".join(commands) + " (none: the whole story)")
@@ -88,8 +90,8 @@ def check_flags(p, flags, commands, data):
         raise ValueError(f"no data {flags.data!r}{nearest(flags.data, data)}; data: {', '.join(data)}")
     for name, commands_of_it in BELONGS.items():
         if getattr(flags, name, None) != p.get_default(name) and flags.command not in commands_of_it:
-            raise ValueError(f"--{name.replace('_', '-')} belongs to {' and '.join(commands_of_it)}, "
-                             f"not to {flags.command}")
+            here = "the story (no command)" if flags.command == "story" else flags.command
+            raise ValueError(f"--{name.replace('_', '-')} belongs to {' and '.join(commands_of_it)}, not to {here}")
     if flags.command == "finetune" and flags.method is None:
         raise ValueError("finetune needs --method, such as --method svft:off_diagonals=8")
     if flags.command == "compare" and flags.methods is None:
@@ -98,6 +100,8 @@ def check_flags(p, flags, commands, data):
         if flags.init is not None and getattr(flags, name) != p.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')} speaks of a model that is pretrained here, "
                              "not of one that --init brings")
+    if flags.tune and flags.lr:
+        raise ValueError("--tune looks for the learning rates that --lr gives: leave one of them out")
     if flags.quick and flags.all:
         raise ValueError("--quick and --all exclude each other")
     if flags.plot:
@@ -111,8 +115,9 @@ def pretrain_settings(flags, defaults):
     """defaults with what the flags say of pretraining: --steps, --lr and --batch-size speak of it in
     the command pretrain only."""
     own = flags.command == "pretrain"
-    return replace(defaults, steps=(flags.steps if own else flags.pretrain_steps) or defaults.steps // (5 if flags.quick else 1),
-                   lr=own and flags.lr or defaults.lr, batch_size=own and flags.batch_size or defaults.batch_size,
+    return replace(defaults, lr=own and flags.lr or defaults.lr,
+                   batch_size=own and flags.batch_size or defaults.batch_size,
+                   steps=(flags.steps if own else flags.pretrain_steps) or defaults.steps // (5 if flags.quick else 1),
                    seed=flags.seed, save_every=flags.save_every, eval_every=flags.eval_every)
 
 
@@ -148,10 +153,14 @@ def parse_method(word):
             options[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             options[name] = value   # a bare word such as banded
+    if method not in ("full", "head", *METHODS) and "," in method:
+        raise ValueError(f"{word!r}: options follow a colon, as in svft:off_diagonals=8,seed=1")
     check_options(method, options)
     names = tuple(t for t in targets.split(",") if t)
     if at and not names:
         raise ValueError(f"{word!r}: after @ come targets, such as @query,value")
+    if names and method in ("full", "head"):
+        raise ValueError(f"{word!r}: {method} adapts no layers, so it takes no targets")
     return method, options, names or None
 
 

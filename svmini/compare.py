@@ -31,7 +31,7 @@ class Setup:
     rates: dict
     sample: Callable
     about: dict = field(default_factory=dict)   # what a model file of this task says about itself
-    run: dict = field(default_factory=dict)     # what else decides a result: data, its hash, batch size
+    run: dict = field(default_factory=dict)     # which data: what else decides a result
     resume: bool = False
     lr: float | None = None
 
@@ -45,7 +45,7 @@ def rate_of(word, setup):
 
 
 def adapted(word, setup, seed):
-    """A copy of the base, adapted by this word; seed: of what a method draws at random."""
+    """A copy of the base, adapted by this word. seed: of LoRA's and DoRA's A; svft and vera have their own."""
     method, options, targets = parse_method(word)
     torch.manual_seed(seed)
     return adapt(copy.deepcopy(setup.base), method, targets or setup.targets, **options)
@@ -125,13 +125,14 @@ def finished(word, setup, seed, lr):
     if not setup.resume or not path.is_file():
         return None
     targets = parse_method(word)[2] or setup.targets
-    return kept(path, conditions(setup, settings_of(word, setup, seed, lr)) | {"lr": lr, "targets": list(targets)})["row"]
+    now = conditions(setup, settings_of(word, setup, seed, lr)) | {"lr": lr, "targets": list(targets)}
+    return kept(path, now)["row"]
 
 
 def conditions(setup, s):
     """What decides a result besides the method, its targets, its rate and the seed."""
-    return setup.run | {"base": fingerprint(setup.base), "steps": s.steps, "batch_size": s.batch_size, "head_lr": s.head_lr,
-                        "dtype": str(setup.machine.dtype)}
+    return setup.run | {"base": fingerprint(setup.base), "steps": s.steps, "batch_size": s.batch_size,
+                        "head_lr": s.head_lr, "dtype": str(setup.machine.dtype)}
 
 
 def kept(path, now):
@@ -164,6 +165,7 @@ def check_words(words, model, targets):
 def run_command(flags, setup, main, quick):
     """story, compare or finetune: run the methods, print and write the results; returns the rows."""
     words = words_of_all(setup, main) if flags.all else words_of(flags, main, quick)
+    words = list({same_method(w): w for w in reversed(words)}.values())[::-1]   # each once: a repeat is no new seed
     check_words(words, setup.base, setup.targets)
     tuning = None
     if flags.tune:
@@ -175,8 +177,10 @@ def run_command(flags, setup, main, quick):
     rows = compare(words, setup, range(flags.seed, flags.seed + flags.seeds))
     print("\n".join(["", *report.table_lines(rows), "", *report.notes(rows)]))
     about = {"task": setup.task.name, "device": setup.machine.reason, "steps": setup.settings.steps, **setup.run}
-    report.write_results(setup.out, rows, about, tuning)
-    print(f"{setup.out / 'results.json'}, results.md")
+    # one run keeps its results to itself: those of a comparison stay
+    out = setup.out / "runs" / f"{slug(words[0])}-seed{flags.seed}" if flags.command == "finetune" else setup.out
+    report.write_results(out, rows, about, tuning)
+    print(f"{out / 'results.json'}, results.md")
     if flags.plot:
         report.plot(setup.out / "results.png", rows)
         print(f"{setup.out / 'results.png'}")
@@ -218,7 +222,7 @@ def recover(rows):
 
 
 def tune(words, setup, points):
-    """The same grid of learning rates for every method: `points` of them, a factor 2 apart, around its default.
+    """Equally many learning rates for every method: `points` of them, a factor 2 apart, around its own default.
 
     Scored on the validation split, at the first seed. Returns {word: {"lr": [...], "val": [...], "best": lr}} and
     keeps it in out/tune.json, where a resumed command finds it.

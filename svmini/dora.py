@@ -23,6 +23,8 @@ class DoRA(Adapter):
     def __init__(self, linear, *, rank=8, alpha=None, detach_norm=True):
         super().__init__(linear, rank=rank, alpha=alpha, detach_norm=detach_norm)
         W0 = linear.weight.detach()
+        if not W0.any(dim=1).all():
+            raise ValueError("DoRA has no direction for an output row of zeros: adapt other layers")
         self.scale = (rank if alpha is None else alpha) / rank
         self.freeze("W0", W0)
         self.m = nn.Parameter(W0.norm(dim=1))                   # (d_out,)

@@ -42,7 +42,7 @@ def sha256_of(*tensors):
 
 
 def save(path, kind, content):
-    """Save a dict of tensors and plain values under a name for its kind ("adapter", "checkpoint", ...)."""
+    """Save a dict of tensors and plain values under a name for its kind (adapter, model, or run, a checkpoint)."""
     write_whole(path, lambda file: torch.save({"kind": f"svmini {kind}", "format": 1, **content}, file))
 
 
@@ -59,7 +59,7 @@ def load(path, kind):
     except Exception as error:   # unpickling fails in many ways; each means that this is not such a file
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is not a readable svmini {kind}: it is damaged, cut short or another kind of "
-                         f"file ({reason})") from None
+                         f"file ({reason.split('. ')[0]})") from None
     found = content.get("kind") if isinstance(content, dict) else None
     if found != f"svmini {kind}":
         raise ValueError(f"{path} holds {f'an {found}' if found else 'something else'}, not an svmini {kind}")

@@ -42,7 +42,7 @@ class GPT(nn.Module):
             for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(config.d_model, eps=1e-5)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        # GPT-2's 0.02 at its width 768, and its like at others: 0.02 at width 128 learns addition not in 1,500 steps
+        # GPT-2's 0.02 at its width 768, and its like at others: addition is not learned with 0.02 at width 128
         std = 0.02 * (768 / config.d_model) ** 0.5
         init_linears(self, std, n_layer=config.n_layer)
         nn.init.normal_(self.token_embedding.weight, std=std)
@@ -51,6 +51,8 @@ class GPT(nn.Module):
 
     def forward(self, tokens):
         """tokens (B, T) int64 -> logits (B, T, vocab_size). Raises ValueError where T exceeds block_size."""
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens of shape {tuple(tokens.shape)} do not fit: GPT takes (B, T)")
         B, T = tokens.shape
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit into the model's context of block_size={self.config.block_size}")

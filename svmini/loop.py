@@ -35,7 +35,7 @@ class Task:
 @dataclass
 class Settings:
     """How to train. lr: of everything but a head of its own, which takes head_lr (None: lr). warmup: share of steps.
-    schedule: "cosine" or "linear" decay to 0 after the warm-up. eval_every, save_every: in steps, 0 for the end only."""
+    schedule: "cosine" or "linear" decay to 0 after the warm-up. eval_every, save_every: in steps, 0: at the end."""
     steps: int
     lr: float
     batch_size: int
@@ -95,7 +95,7 @@ def rate(step, s):
 
 
 def make_optimizer(model, s):
-    """Fused AdamW over what is trained; matrices decay, vectors do not; a head of its own has its own rate."""
+    """Fused AdamW over what is trained; tensors of two dimensions or more decay; a head of its own has its rate."""
     head = {id(p) for p in head_of(model).parameters()} if head_of(model) is not None else set()
     groups = {}
     for p in model.parameters():
@@ -160,7 +160,8 @@ def train(model, task, s, machine, folder=None, flags=None, resume=False, label=
 
 
 class Run:
-    """What a training run writes: its log and its checkpoints, the last one and the best by validation metric."""
+    """What a training run writes: its log, last.pt to resume from, and best.pt, the best by validation metric, which
+    is for the reader: tables and adapter files hold the last state."""
 
     def __init__(self, model, task, optimizer, scaler, folder, flags):
         self.model, self.task, self.optimizer, self.scaler, self.flags = model, task, optimizer, scaler, flags
@@ -274,7 +275,7 @@ def interrupts():
 
 
 def pretrain(model, task, s, machine, folder, about, resume=False):
-    """The base model that folder/model.pt holds, or else this model, trained now and kept there; returns (model, about).
+    """The base model that folder/model.pt holds, or else this model, trained now and kept there, and its `about`.
 
     about: plain values that belong to the model (its data, tokenizer, classes). Raises ValueError where the kept
     model was made with other settings.
@@ -288,7 +289,8 @@ def pretrain(model, task, s, machine, folder, about, resume=False):
         other = [f"{k} was {about['flags'].get(k)!r} and is {v!r}" for k, v in flags.items()
                  if about["flags"].get(k) != v and k != "dtype"]
         if other:
-            raise ValueError(f"{path} was pretrained with other settings: {'; '.join(other)}: give another --out")
+            raise ValueError(f"{path} was pretrained with other settings: {'; '.join(other)}: "
+                             "give the same flags, another --out, or that file as --init")
         print(f"base: {path} is there and is reused, {about['result']}")
         return model, about
     print(f"base: pretraining on {task.name}, {sum(p.numel() for p in model.parameters()):,} parameters, "

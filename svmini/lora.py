@@ -3,7 +3,7 @@
     W = W0 + (α/r) B A                                                     (LoRA, section 4.1)
 
 Trained: A (r, d_in) and B (d_out, r), r (d_in + d_out) numbers a matrix.
-Start:  kaiming  A uniform in ±1/√d_in, B = 0, so W = W0
+Start:  kaiming  A uniform in ±1/√d_in as in the authors' code (the paper says Gaussian), B = 0, so W = W0
         pissa    B = U_r Σ_r^½, A = Σ_r^½ V_rᵀ, and W0 gives way to W_res = W0 − B A (α = r), so W = W0 again
 """
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .adapter import Adapter, whole
+from .adapter import Adapter, is_number, whole
 from .svd import thin_svd
 
 
@@ -30,7 +30,7 @@ class LoRA(Adapter):
             self.A = nn.Parameter(root[:, None] * Vt[:rank])    # (r, d_in)
             self.freeze("W", W0 - self.B @ self.A)              # W_res
         else:
-            self.A = nn.Parameter(torch.empty_like(W0[:1].expand(rank, -1).contiguous()))
+            self.A = nn.Parameter(W0.new_empty(rank, self.d_in))
             nn.init.uniform_(self.A, -self.d_in ** -0.5, self.d_in ** -0.5)
             self.B = nn.Parameter(W0.new_zeros(self.d_out, rank))
             self.freeze("W", W0)
@@ -48,7 +48,7 @@ class LoRA(Adapter):
     @staticmethod
     def check(d_out, d_in, *, rank=8, alpha=None, init="kaiming"):
         whole("rank", rank, 1, min(d_out, d_in))
-        if alpha is not None and not (isinstance(alpha, (int, float)) and 0 < alpha < float("inf")):
+        if alpha is not None and not (is_number(alpha) and alpha > 0):
             raise ValueError(f"alpha must be a number above 0, not {alpha!r}")
         if init not in ("kaiming", "pissa"):
             raise ValueError(f"init must be kaiming or pissa, not {init!r}")

@@ -9,7 +9,7 @@ import torch
 
 from . import files
 
-NOT_ONE_SEED = "one seed: differences under three points show nothing (--seeds 3 for mean, spread and paired differences)"
+ONE_SEED = "one seed: {} show nothing (--seeds 3 for mean, spread and paired differences)"
 REFERENCE = "lora:rank=8"   # what the others are compared with, seed by seed
 
 
@@ -94,7 +94,10 @@ def signed(differences, digits):
 def notes(rows):
     """What stands under the table: seeds, head parameters, what failed, and what the SVF-type methods learned."""
     seeds = sorted({r["seed"] for r in rows if r["method"] != "start"})
-    lines = [NOT_ONE_SEED if len(seeds) == 1 else f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}"]
+    small = "small differences" if rows[0]["metric_name"] == "loss" else "differences under three points"
+    lines = [ONE_SEED.format(small) if len(seeds) == 1 else
+             f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}: of the batches, and of LoRA's and "
+             "DoRA's start; base and data are one"]
     heads = {r["head"] for r in rows if r.get("head")}
     if heads:
         lines.append(f"head: {max(heads):,} parameters more, trained beside every method and not counted as adapter's")
@@ -104,7 +107,7 @@ def notes(rows):
         lines.append(f"learned, seed {seeds[0]}: largest singular value before → after, mean of the layers "
                      "(and largest |M_ij|, for svfit |s_i − σ_i|)")
     for r in spectra:
-        cells = [f"{target} {x['before']:.2f}→{x['after']:.2f} ({x['max_M']:.2f})" for target, x in r["learned"].items()]
+        cells = [f"{t} {x['before']:.2f}→{x['after']:.2f} ({x['max_M']:.2f})" for t, x in r["learned"].items()]
         lines.append(f"  {r['method']:<{max(len(r['method']) for r in spectra)}}  " + "  ".join(cells))
     return lines
 

@@ -2,7 +2,7 @@
 
     W = U_r diag(s) V_rᵀ + W_e,   W_e = W0 − U_r Σ_r V_rᵀ frozen          (section 3)
 
-Trained: s, the r largest singular values, r numbers a matrix.  Start: s = σ_1 .. σ_r, so W = W0.
+Trained: s, the r largest singular values, r numbers a matrix.  Start: s = σ_1 .. σ_r, so W = W0 (to rounding).
 The paper takes r = all, or the smallest r that holds 99 % of the energy Σ σ_i². There is no public code.
 """
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .adapter import Adapter, whole
+from .adapter import Adapter, is_number, whole
 from .svd import apply_factors, thin_svd
 
 
@@ -60,5 +60,5 @@ class SVFit(Adapter):
             raise ValueError("give rank or energy, not both")
         if rank is not None:
             whole("rank", rank, 1, min(d_out, d_in))
-        if energy is not None and not (isinstance(energy, (int, float)) and 0 < energy <= 1):
+        if energy is not None and not (is_number(energy) and 0 < energy <= 1):
             raise ValueError(f"energy must lie in (0, 1], not {energy!r}")

@@ -3,7 +3,7 @@
     W = U (Σ + M) Vᵀ                                                       (section 3)
 
 Trained: M at the positions of a pattern.  Start: M = 0, so W = W0.  With D = min(d_out, d_in), d off-diagonals:
-    plain    the diagonal                                        D numbers a matrix
+    plain    the diagonal (off_diagonals has no say)             D numbers a matrix
     banded   |i − j| ≤ d                                         k = D(2d + 1) − d(d + 1)
     random   k distinct positions, drawn once from a seed (the same for all matrices of one D)
     topk     the k positions of largest |u_iᵀ v_j|, which exists only where d_out = d_in
@@ -41,7 +41,7 @@ class SVFT(Adapter):
             if pattern == "banded":
                 self.freeze("where", where)                     # follows from d alone
             else:
-                self.register_buffer("where", where)            # stored with the adapter
+                self.register_buffer("where", where)            # stored: another torch may draw or rank otherwise
 
     def core(self):
         """Σ + M: (D,) where M is diagonal, else (D, D)."""

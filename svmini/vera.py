@@ -6,17 +6,17 @@ Trained: b (d_out) and d (r), d_out + r numbers a matrix; r may exceed the matri
 Start: b = 0, so W = W0; d = d_init.
 A (r, d_in) and B (d_out, r) are random and frozen, Kaiming-uniform in ±√(6/fan_in). Every layer takes the first
 columns of one A and the first rows of one B, drawn on the CPU from `seed` in an order that does not depend on which
-other layers there are: the pair is made again from the seed and never stored.
+other layers there are: the pair is made again from the seed and never stored. fan_in is the layer's own, so that A's
+scale follows its width; each layer holds its slice of the pair as a copy.
 """
 
-import math
 from functools import lru_cache
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .adapter import Adapter, whole
+from .adapter import Adapter, is_number, whole
 
 
 class VeRA(Adapter):
@@ -46,7 +46,7 @@ class VeRA(Adapter):
     def check(d_out, d_in, *, rank=256, seed=0, d_init=0.1):
         whole("rank", rank, 1)
         whole("seed", seed, 0)
-        if not isinstance(d_init, (int, float)) or d_init == 0 or not math.isfinite(d_init):
+        if not is_number(d_init) or d_init == 0:
             raise ValueError(f"d_init must be a number other than 0 (from 0 nothing would learn), not {d_init!r}")
 
 

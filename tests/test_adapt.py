@@ -257,7 +257,7 @@ def nested():
 def test_a_target_is_the_last_part_of_a_name(method, example):
     model, x = nested(), tokens(5, 16, torch.float32)
     expected = model(x)
-    with refused(model, ValueError, "2 is a Sequential"):   # "2" is a container here, as well as its last layer
+    with refused(model, ValueError, "2 is no plain nn.Linear but Sequential"):   # "2" is a container here, as well as its last layer
         adapt(model, method, targets=["0", "2"], **parse(example))
     assert adapt(model, method, targets=["0"], **parse(example)) is model
     assert list(adapters(model)) == ["0", "2.0"] and type(model[2][2]) is nn.Linear

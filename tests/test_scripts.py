@@ -176,7 +176,7 @@ def test_another_seed_gives_other_numbers(story, tmp_path):
          "--init", out / "pretrain" / "model.pt", "--out", tmp_path)
     one, other = ((f / "metrics.jsonl").read_text() for f in (out / "runs/lora_rank=8-seed0", tmp_path / "runs/lora_rank=8-seed1"))
     assert one != other or name == "arithmetic"   # where four steps solve nothing the exact match is 0 both times
-    assert numbers(tmp_path)[-1]["seed"] == 1
+    assert numbers(tmp_path / "runs" / "lora_rank=8-seed1")[-1]["seed"] == 1
 
 
 def test_an_adapter_gives_back_its_row(story):
@@ -224,7 +224,7 @@ def test_merge_and_predict(story, tmp_path):
         assert said[0] == said[1] and said[0].startswith(prompt) and len(said[0]) > len(prompt) + 1
     call(script, "finetune", *flags, "--method", "svfit", "--init", tmp_path / "merged.pt", "--steps", 2, "--device", "cpu",
          "--out", tmp_path)
-    assert [r["method"] for r in read(tmp_path)["rows"]][-1] == "svfit"
+    assert [r["method"] for r in read(tmp_path / "runs" / "svfit-seed0")["rows"]][-1] == "svfit"
 
 
 def test_generate_depends_on_its_seed_and_flags(story, tmp_path):
