@@ -261,20 +261,19 @@ def words_of_all(setup, main):
     for method, cls in METHODS.items():
         for example in cls.examples:
             word = f"{method}:{example}".rstrip(":")
-            fits = {t: all(fit(word, *m.weight.shape) for n, m in linears.items() if n.rsplit(".", 1)[-1] == t)
-                    for t in setup.targets}
-            if not all(fits.values()):
-                on = "@" + ",".join(t for t in setup.targets if fits[t])
-                peers = ["svft:pattern=banded" + on, "svft:pattern=random" + on] if method == "svft" else []
-                new = [*peers, word + on] if any(fits.values()) else []
-            else:
-                new = [word]
+            on = [t for t in setup.targets if all(fits(word, *linear.weight.shape) for name, linear in linears.items()
+                                                  if name.rsplit(".", 1)[-1] == t)]
+            new = [word]
+            if len(on) < len(setup.targets):
+                at = "@" + ",".join(on)
+                new = [w + at for w in ("svft:pattern=banded", "svft:pattern=random", word)] if on else []
             words += [w for w in new if same_method(w) not in known]
             known |= {same_method(w) for w in new}
     return words
 
 
-def fit(word, d_out, d_in):
+def fits(word, d_out, d_in):
+    """Whether the options of a method word fit a matrix of this shape."""
     method, options, _ = parse_method(word)
     try:
         METHODS[method].check(d_out, d_in, **options)
