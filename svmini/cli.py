@@ -41,7 +41,7 @@ def parser(script, about, commands, data):
                + ", with options and targets: svft:pattern=banded,off_diagonals=8@query,value")
     a = p.add_argument
     a("command", nargs="?", default="story", metavar="command", help=" | ".join(commands) + " (none: the whole story)")
-    a("--quick", action="store_true", help="story: four rows in under a minute, from a fifth of the pretraining")
+    a("--quick", action="store_true", help="story: four rows in under a minute, from an eighth of the pretraining")
     a("--all", action="store_true", help="story: every method's examples")
     a("--data", default=data[0], metavar="NAME", help=" | ".join(data))
     a("--data-dir", default=None, metavar="DIR", help="where real data lie, or are downloaded to")
@@ -117,7 +117,7 @@ def pretrain_settings(flags, defaults):
     own = flags.command == "pretrain"
     return replace(defaults, lr=own and flags.lr or defaults.lr,
                    batch_size=own and flags.batch_size or defaults.batch_size,
-                   steps=(flags.steps if own else flags.pretrain_steps) or defaults.steps // (5 if flags.quick else 1),
+                   steps=(flags.steps if own else flags.pretrain_steps) or defaults.steps // (8 if flags.quick else 1),
                    seed=flags.seed, save_every=flags.save_every, eval_every=flags.eval_every)
 
 
