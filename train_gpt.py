@@ -136,8 +136,8 @@ def make_setup(flags, out, machine):
             return [tokenizer.decode(tokens[0].tolist())]
     settings = cli.finetune_settings(flags, FINETUNE[flags.kind])
     return compare.Setup(base, task, settings, machine, out, flags.targets, RATES[flags.kind], sample,
-                 about={k: about[k] for k in ("data", "tokenizer")},
-                 run={"data": flags.data, "sha256": sha}, resume=flags.resume, lr=flags.lr)
+                         about={k: about[k] for k in ("data", "tokenizer")},
+                         run={"data": flags.data, "sha256": sha}, resume=flags.resume, lr=flags.lr)
 
 
 def tokenizer_of(about):

@@ -104,8 +104,8 @@ def make_setup(flags, out, machine):
 
     sha = files.sha256_of(pictures.splits["train"][0])
     setup = compare.Setup(base, task, settings, machine, out, flags.targets, RATES, sample,
-                  about={"data": pictures.name, "classes": pictures.classes},
-                  run={"data": pictures.name, "sha256": sha}, resume=flags.resume, lr=flags.lr)
+                          about={"data": pictures.name, "classes": pictures.classes},
+                          run={"data": pictures.name, "sha256": sha}, resume=flags.resume, lr=flags.lr)
     return setup, pictures
 
 

@@ -149,7 +149,9 @@ def plot(path, rows):
     need_matplotlib()
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for t in summarise(rows):
+    table = summarise(rows)
+    methods = list(dict.fromkeys(t["method"].split(":")[0] for t in table))   # one colour each
+    for t in table:
         if not t["metrics"]:
             continue
         mean = statistics.mean(t["metrics"])
@@ -159,7 +161,7 @@ def plot(path, rows):
             continue
         spread = statistics.stdev(t["metrics"]) if len(t["metrics"]) > 1 else 0
         axes.errorbar(t["adapter"], mean, yerr=spread, marker="o", capsize=3,
-                      color=f"C{abs(sum(map(ord, t['method'].split(':')[0]))) % 10}")
+                      color=f"C{methods.index(t['method'].split(':')[0]) % 10}")
         axes.annotate(t["method"], (t["adapter"], mean), xytext=(5, 4), textcoords="offset points", fontsize=8)
     axes.set(xscale="log", xlabel="adapter parameters", ylabel=rows[0]["metric_name"])
     files.write_whole(path, lambda file: figure.savefig(file, dpi=120, format="png"))
