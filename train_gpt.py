@@ -157,10 +157,6 @@ def show_samples(rows):
 
 def model_of(flags):
     """The model of --init, with --adapter on it where that is given. Returns (model, about)."""
-    if flags.command == "merge" and flags.adapter is None:
-        raise ValueError("merge needs --adapter FILE beside --init FILE")
-    if flags.init is None:
-        raise ValueError(f"{flags.command} needs --init FILE, a model file such as out/gpt-topics/pretrain/model.pt")
     model, about = loop.load_model(flags.init, GPT)
     if flags.adapter is not None:
         load_adapter(model, flags.adapter)

@@ -140,10 +140,6 @@ def predict(flags, out, machine):
 
 def model_of(flags):
     """The model of --init, with --adapter on it where that is given. Returns (model, about)."""
-    if flags.command == "merge" and flags.adapter is None:
-        raise ValueError("merge needs --adapter FILE beside --init FILE")
-    if flags.init is None:
-        raise ValueError(f"{flags.command} needs --init FILE, a model file such as out/vit-glyphs/pretrain/model.pt")
     model, about = loop.load_model(flags.init, ViT)
     if about["data"] not in (set_name(flags, 0), set_name(flags, 1)):
         raise ValueError(f"{flags.init} was trained on {about['data']}, which does not go with --data {flags.data}")

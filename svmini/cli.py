@@ -96,6 +96,10 @@ def check_flags(p, flags, commands, data):
         raise ValueError("finetune needs --method, such as --method svft:off_diagonals=8")
     if flags.command == "compare" and flags.methods is None:
         raise ValueError("compare needs --methods, such as --methods head full svfit lora:rank=8")
+    if flags.command == "merge" and flags.adapter is None:
+        raise ValueError("merge needs --adapter FILE beside --init FILE")
+    if flags.command in ("generate", "predict", "merge") and flags.init is None:
+        raise ValueError(f"{flags.command} needs --init FILE, a model file such as OUT/pretrain/model.pt")
     for name in ("n_layer", "n_head", "d_model", "pretrain_steps"):
         if flags.init is not None and getattr(flags, name) != p.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')} speaks of a model that is pretrained here, "

@@ -1,7 +1,9 @@
 """What several tests share: a small model with everything an adapter meets, its cases, and how to leave the start."""
 
 import ast
+import re
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +39,15 @@ def parse(example):
         except ValueError:
             options[name] = value
     return options
+
+
+def method_of_the_readme():
+    """The class that the README shows under "Adding a method", as svmini/loraxs.py would define it."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    code, = re.findall(r"```python\n(\"\"\"W = W0 \+ U_r R.*?)```", readme, re.DOTALL)
+    module = {"__name__": "svmini.loraxs", "__package__": "svmini"}
+    exec(code, module)
+    return module["LoRAXS"]
 
 
 def cases():

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import svmini.svd
-from conftest import EPS, SHAPES, TOKENS, Net, all_tensors, assert_close, cases, move, parse, tokens
+from conftest import (EPS, SHAPES, TOKENS, Net, all_tensors, assert_close, cases, method_of_the_readme, move, parse,
+                      tokens)
 from svmini import GPT, METHODS, GPTConfig, adapt, count_trainable, load_adapter, merge, save_adapter
-from svmini.adapter import Adapter, adapters
+from svmini.adapter import adapters
 from svmini.svd import apply_factors, thin_svd
 
 TARGETS = ("query", "value")
@@ -150,40 +151,14 @@ def test_every_example_fits_a_shape(method, example):
     assert any(map(fits, SHAPES.values()))
 
 
-class LoRAXS(Adapter):
-    """LoRA-XS (Bałazy et al., arXiv 2405.17604): W = W0 + U_r R V_rᵀ, with R (r, r) trained from zero."""
-    examples = ("rank=4", "")
-    lr = 1e-2
-
-    def __init__(self, linear, *, rank=8):
-        super().__init__(linear, rank=rank)
-        U, S, Vt = thin_svd(linear.weight)
-        self.freeze("W0", linear.weight)
-        self.freeze("U", U[:, :rank])                           # (d_out, r)
-        self.freeze("Vt", Vt[:rank])                            # (r, d_in)
-        self.R = nn.Parameter(S.new_zeros(rank, rank))
-
-    def weight(self):
-        return self.W0 + self.U @ self.R @ self.Vt              # (d_out, d_in)
-
-    def forward(self, x):
-        return F.linear(x, self.W0, self.bias) + F.linear(F.linear(F.linear(x, self.Vt), self.R), self.U)
-
-    @staticmethod
-    def count(d_out, d_in, *, rank=8):
-        return rank ** 2
-
-    @staticmethod
-    def check(d_out, d_in, *, rank=8):
-        if not 1 <= rank <= min(d_out, d_in):
-            raise ValueError(f"rank must lie in 1 to {min(d_out, d_in)}, not {rank}")
+LoRAXS = method_of_the_readme()
 
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_a_method_that_is_dropped_in_is_tested(check, monkeypatch, tmp_path):
     monkeypatch.setitem(METHODS, "loraxs", LoRAXS)
     new = [case for case in cases() if case[0] == "loraxs"]
-    assert new == [("loraxs", "rank=4"), ("loraxs", "")]
+    assert new == [("loraxs", "rank=8")]
     for method, example in new:
         for shape in SHAPES:
             for dtype in EPS:

@@ -14,13 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn as nn
 
 import train_gpt
 import train_vit
+from conftest import method_of_the_readme
 from svmini import GPT, METHODS, ViT, cli, compare, images, load_adapter, loop, tasks, text
-from svmini.adapter import Adapter, whole
-from svmini.svd import thin_svd
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ["--n-layer", "1", "--n-head", "2", "--d-model", "16", "--pretrain-steps", "4", "--device", "cpu"]
@@ -311,29 +309,7 @@ def test_a_diverged_method_is_shown_and_the_next_goes_on(tmp_path):
 
 # ---- every method ----
 
-class LoRAXS(Adapter):
-    """W0 + U_r R V_rᵀ with R (r, r) trained: what a student would drop in."""
-    examples = ("rank=4", "rank=1")
-    lr = 7e-3
-
-    def __init__(self, linear, *, rank=4):
-        super().__init__(linear, rank=rank)
-        U, _, Vt = thin_svd(linear.weight)
-        self.freeze("W0", linear.weight)
-        self.freeze("U", U[:, :rank])
-        self.freeze("Vt", Vt[:rank])
-        self.R = nn.Parameter(torch.zeros(rank, rank))
-
-    def weight(self):
-        return self.W0 + self.U @ self.R @ self.Vt
-
-    @staticmethod
-    def count(d_out, d_in, *, rank=4):
-        return rank * rank
-
-    @staticmethod
-    def check(d_out, d_in, *, rank=4):
-        whole("rank", rank, 1, min(d_out, d_in))
+LoRAXS = method_of_the_readme()
 
 
 @pytest.mark.parametrize("name", ["glyphs", "arithmetic"])
@@ -352,11 +328,11 @@ def test_all_has_every_example_also_of_a_method_dropped_in(name, tmp_path, monke
             assert cli.same_method(word) in done, word
     for peer in ("svft:pattern=banded@query,key,value,out", "svft:pattern=random@query,key,value,out"):
         assert cli.same_method(peer) in done
-    assert rows["loraxs:rank=4"]["adapter"] == 6 * 16 and rows["loraxs:rank=4"]["lr"] == 7e-3
-    assert "loraxs:rank=1" in printed
+    assert rows["loraxs:rank=8"]["adapter"] == 6 * 64 and rows["loraxs:rank=8"]["lr"] == LoRAXS.lr
+    assert "loraxs:rank=8" in printed
     told = {w for w, r in rows.items() if r["learned"]}
     assert told == {w for w in rows if w.startswith(("svf"))}
-    assert (tmp_path / "runs" / "loraxs_rank=4-seed0" / "adapter.pt").is_file()
+    assert (tmp_path / "runs" / "loraxs_rank=8-seed0" / "adapter.pt").is_file()
 
 
 # ---- as a process ----
