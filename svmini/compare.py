@@ -58,7 +58,7 @@ def settings_of(word, setup, seed, lr):
 
 
 def finetune(word, setup, seed, lr=None):
-    """One run: adapt, train, test, save. Returns (row, adapted model); a row is a dict of plain values.
+    """One run: adapt, train, test, save. Returns its row, a dict of plain values.
 
     Its folder, out/runs/WORD-seedN, gets last.pt, best.pt, metrics.jsonl, row.json, and adapter.pt, or model.pt
     for full fine-tuning. Raises Diverged, Stopped and whatever adapt and train raise.
@@ -89,7 +89,7 @@ def finetune(word, setup, seed, lr=None):
         "adapter_bytes": save_result(model, folder, setup.about),
         "learned": learned(model), "sample": setup.sample(model)}
     files.write_text(folder / "row.json", json.dumps({"flags": flags, "row": row}, ensure_ascii=False))
-    return row, model
+    return row
 
 
 def save_result(model, folder, about):
@@ -201,7 +201,7 @@ def compare(words, setup, seeds):
         row = finished(word, setup, seed, lr)
         if row is None:
             try:
-                row, _ = finetune(word, setup, seed, lr)
+                row = finetune(word, setup, seed, lr)
             except Diverged as error:
                 row = {**empty_row(word, setup, seed, lr), "failed": str(error)}
         rows.append(row)
@@ -239,10 +239,9 @@ def tune(words, setup, points):
             continue
         model = adapted(word, setup, setup.settings.seed)
         try:
-            train(model, setup.task, settings_of(word, setup, setup.settings.seed, lr), setup.machine,
-                  label=f"{word} lr {lr:.2g}")
-            with setup.machine.autocast():
-                value = evaluate(model, setup.task, "val")["metric"]
+            run = train(model, setup.task, settings_of(word, setup, setup.settings.seed, lr), setup.machine,
+                        label=f"{word} lr {lr:.2g}")
+            value = run["log"][-1]["metric"]   # the last evaluation of a run is at its end, on the validation split
         except Diverged:
             value = None
         scores["lr"].append(lr)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .files import write_whole
+from .files import sha256_of, write_whole
 from .rng import generator
 
 # Glyphs: classes, dark on light or not, pictures a class in each split.
@@ -162,7 +162,7 @@ def draw(bank, labels, inverted, g):
 
 
 def checksum(raw):
-    return hashlib.sha256(b"".join(raw[split].numpy().tobytes() for split in sorted(raw))).hexdigest()
+    return sha256_of(*(raw[split] for split in sorted(raw)))
 
 
 def read_cache(file, recipe):

@@ -147,7 +147,7 @@ def test_fine_tuning_goes_on_to_the_last_bit(tmp_path, word):
         if name == "cut":
             with pytest.raises(loop.Stopped):
                 compare.finetune(word, toy_setup(tmp_path / name, task=interrupt_at(6)), 3)
-        row, _ = compare.finetune(word, toy_setup(tmp_path / name, resume=name == "cut"), 3)
+        row = compare.finetune(word, toy_setup(tmp_path / name, resume=name == "cut"), 3)
         rows.append({k: v for k, v in row.items() if k not in ("seconds", "ms_per_step")})
     assert rows[0] == rows[1]
     folder = f"runs/{compare.slug(word)}-seed3"
