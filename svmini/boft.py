@@ -4,6 +4,8 @@
 
 F_i cuts the d_in coordinates into chunks of b 2^(i−1), views a chunk as (2, 2^(i−1), b/2), and mixes the b numbers at
 each index of the middle axis: neighbours in F_1, ever further apart after it. m = 1 is block-diagonal OFT.
+No factor mixes across chunks of c = b 2^(m−1), so R is block-diagonal with blocks of that size: they are made once a
+step, and x is rotated by one batched product instead of m of them with copies between.
 Trained: the entries of every Q above its diagonal, m · d_in · (b − 1) / 2 numbers a matrix.
 Start: Q = 0, so R = I.
 """
@@ -22,6 +24,7 @@ class BOFT(Adapter):
     def __init__(self, linear, *, block_size=4, factors=2):
         super().__init__(linear, block_size=block_size, factors=factors)
         b = self.b = block_size
+        self.c = b * 2 ** (factors - 1)
         self.freeze("W0", linear.weight)
         self.Q = nn.Parameter(linear.weight.new_zeros(factors, self.d_in // b, b * (b - 1) // 2))
 
@@ -34,22 +37,22 @@ class BOFT(Adapter):
         I = torch.eye(self.b, dtype=Q.dtype, device=Q.device)
         return torch.linalg.solve(I - Q, I + Q)                         # (I − Q)⁻¹ and I + Q commute
 
-    def rotate(self, x):
-        """R x for every row of x (..., d_in)."""
-        shape, b = x.shape, self.b
+    def rotation(self):
+        """The blocks of R = F_m … F_1 on its diagonal (d_in / c, c, c)."""
+        b, c = self.b, self.c
+        R = torch.eye(c, dtype=self.Q.dtype, device=self.Q.device).repeat(self.d_in // c, 1)   # (d_in, c)
         for i, block in enumerate(self.blocks()):                       # (d_in / b, b, b); F_1 first, at i = 0
-            x = x.reshape(-1, self.d_in // (b * 2 ** i), 2, 2 ** i, b // 2).transpose(2, 3)
-            x = x.reshape(-1, self.d_in // b, b)                        # (T, d_in / b, b)
-            x = torch.einsum("tnj,nij->tni", x, block)
-            x = x.reshape(-1, self.d_in // (b * 2 ** i), 2 ** i, 2, b // 2).transpose(2, 3)
-        return x.reshape(shape)
+            R = R.reshape(-1, 2, 2 ** i, b // 2, c).transpose(1, 2).reshape(-1, b, c)
+            R = block @ R                                               # (d_in / b, b, c): rows are mixed
+            R = R.reshape(-1, 2 ** i, 2, b // 2, c).transpose(1, 2)
+        return R.reshape(-1, c, c)
 
     def weight(self):
-        R = self.rotate(torch.eye(self.d_in, dtype=self.W0.dtype, device=self.W0.device)).t()
-        return self.W0 @ R                                              # (d_out, d_in)
+        return self.W0 @ torch.block_diag(*self.rotation())             # (d_out, d_in)
 
     def forward(self, x):
-        return F.linear(self.rotate(x), self.W0, self.bias)             # W0 (R x) + b
+        Rx = torch.einsum("...nj,nij->...ni", x.unflatten(-1, (-1, self.c)), self.rotation())   # (..., d_in / c, c)
+        return F.linear(Rx.flatten(-2), self.W0, self.bias)             # W0 (R x) + b
 
     @staticmethod
     def count(d_out, d_in, *, block_size=4, factors=2):

@@ -42,9 +42,8 @@ class DoRA(Adapter):
         return self.ratio()[:, None] * (self.W0 + self.scale * self.B @ self.A)     # (d_out, d_in)
 
     def forward(self, x):
-        y = F.linear(x, self.W0) + F.linear(F.linear(x, self.A), self.B) * self.scale
-        y = y * self.ratio()
-        return y if self.bias is None else y + self.bias
+        y = F.linear(x, self.W0) + F.linear(F.linear(x, self.A), self.scale * self.B)
+        return y * self.ratio() if self.bias is None else torch.addcmul(self.bias, y, self.ratio())
 
     @staticmethod
     def count(d_out, d_in, *, rank=8, alpha=None, detach_norm=True):

@@ -39,7 +39,7 @@ class LoRA(Adapter):
         return self.W + self.scale * self.B @ self.A            # (d_out, d_in)
 
     def forward(self, x):
-        return F.linear(x, self.W, self.bias) + F.linear(F.linear(x, self.A), self.B) * self.scale
+        return F.linear(x, self.W, self.bias) + F.linear(F.linear(x, self.A), self.scale * self.B)
 
     @staticmethod
     def count(d_out, d_in, *, rank=8, alpha=None, init="kaiming"):

@@ -36,7 +36,8 @@ class VeRA(Adapter):
         return self.W0 + (self.b[:, None] * self.B * self.d) @ self.A               # (d_out, d_in)
 
     def forward(self, x):
-        return F.linear(x, self.W0, self.bias) + F.linear(F.linear(x, self.A) * self.d, self.B) * self.b
+        update = F.linear(F.linear(x, self.A) * self.d, self.B)                     # (..., d_out)
+        return torch.addcmul(F.linear(x, self.W0, self.bias), update, self.b)
 
     @staticmethod
     def count(d_out, d_in, *, rank=256, seed=0, d_init=0.1):
