@@ -28,9 +28,9 @@ class SVFit(Adapter):
         self.options = {"rank": r, "energy": None}              # resolved: what a file stores for this layer
         # with all ranks W_e is zero and the factors stand for W0, which is then not kept
         self.freeze("W0", None if r == len(S) else linear.weight)
-        self.freeze("U", U[:, :r])
+        self.freeze("U", U[:, :r].clone())                      # a slice would keep the whole alive
         self.freeze("S", S[:r])
-        self.freeze("Vt", Vt[:r])
+        self.freeze("Vt", Vt[:r].clone())
         self.s = nn.Parameter(S[:r].clone())
 
     def weight(self):
