@@ -1,14 +1,15 @@
-"""Pretrain a small GPT, adapt it to another task by every method, compare: python train_gpt.py --help."""
+"""Pretrain a small GPT or take GPT-2, adapt it by every method, compare: python train_gpt.py --help."""
 
 import sys
 
 import torch
 import torch.nn.functional as F
 
-from svmini import GPT, GPTConfig, cli, compare, load_adapter, loop, tasks, text
+from svmini import GPT, GPTConfig, cli, compare, gpt, load_adapter, loop, tasks, text
 
 COMMANDS = ("pretrain", "finetune", "compare", "generate", "merge")
-DATA = ["topics", "arithmetic", "tinyshakespeare", "file:PATH"]   # to adapt to; text is pretrained on stdlib
+# to adapt to; a model that is to speak is pretrained on stdlib, where no --init brings one
+DATA = ["topics", "arithmetic", "tinyshakespeare", "file:PATH", "gsm8k", "qa:PATH"]
 CONTEXT = 128
 PRETRAIN = {
     "text": loop.Settings(steps=2600, lr=3e-3, batch_size=8, warmup=0.05, schedule="cosine",
@@ -19,12 +20,17 @@ PRETRAIN = {
 FINETUNE = {   # lr: put in from RATES, word by word
     "text": loop.Settings(steps=200, lr=0.0, batch_size=8),
     "arithmetic": loop.Settings(steps=300, lr=0.0, batch_size=64),
+    "pairs": loop.Settings(steps=200, lr=0.0, batch_size=8),
+}
+MARKED = {   # problems that are marked; answers of text take long
+    "arithmetic": {"val": 1000, "test": 1000}, "pairs": {"val": 100, "test": None},
 }
 LAYERS = {"text": 4, "arithmetic": 3}
 MAIN = ["full", "svfit", "svft:pattern=plain", "svft:off_diagonals=2", "svft:off_diagonals=8",
         "lora:rank=1", "lora:rank=2", "lora:rank=8", "dora:rank=8", "vera:rank=256"]
 QUICK = ["full", "svft:off_diagonals=8", "lora:rank=8"]
-RATES = {   # learning rates, found by: python train_gpt.py compare --methods ... --tune 5 [--data arithmetic]
+RATES = {   # learning rates
+    # found by: python train_gpt.py compare --methods ... --tune 5 [--data arithmetic]; pairs take those of text
     "text": {
         "full": 4e-3, "svfit": 1.6e-1, "svft:pattern=plain": 1.6e-1, "svft:off_diagonals=2": 8e-2,
         "svft:off_diagonals=8": 4e-2, "lora:rank=1": 4e-2, "lora:rank=2": 2e-2, "lora:rank=8": 2e-2,
@@ -33,21 +39,30 @@ RATES = {   # learning rates, found by: python train_gpt.py compare --methods ..
         "full": 4e-3, "svfit": 8e-2, "svft:pattern=plain": 8e-2, "svft:off_diagonals=2": 4e-2,
         "svft:off_diagonals=8": 4e-2, "lora:rank=1": 2e-2, "lora:rank=2": 1e-2, "lora:rank=8": 1e-2,
         "dora:rank=8": 2e-2, "vera:rank=256": 1e-1},
+    # for published weights: svft's are those of its authors' scripts for Gemma-2B, the others a customary first try
+    "published": {
+        "full": 5e-5, "svfit": 5e-2, "svft:pattern=plain": 5e-2, "svft:off_diagonals=2": 5e-3,
+        "svft:off_diagonals=8": 5e-3, "lora:rank=1": 5e-4, "lora:rank=2": 5e-4, "lora:rank=8": 5e-4,
+        "dora:rank=8": 5e-4, "vera:rank=256": 2e-2},
 }
 
 
 def flags_of(argv):
-    p = cli.parser("train_gpt.py", __doc__.split(":")[0], COMMANDS, DATA)
+    p = cli.parser("train_gpt.py", __doc__.split(":")[0], COMMANDS, DATA, ("gpt2", "gpt2, gpt2-medium, ..."))
     p.add_argument("--prompt", default=None, metavar="TEXT", help="generate: what to continue")
     p.add_argument("--length", type=cli.number(1), default=100, help="generate: tokens to add")
     p.add_argument("--temperature", type=cli.number(0, float), default=0.8, help="generate: 0 is greedy")
     p.add_argument("--top-k", type=cli.number(1), default=None, help="generate: draw from the k likeliest tokens")
+    p.add_argument("--context", type=cli.number(2), default=CONTEXT, help="tokens of text at a time (128)")
     p.add_argument("--n-layer", type=cli.number(1), default=None, help="of the model that is pretrained (4; 3)")
     p.add_argument("--n-head", type=cli.number(1), default=4, help="of the model that is pretrained")
     p.add_argument("--d-model", type=cli.number(1), default=128, help="of the model that is pretrained")
     flags = p.parse_args(argv)
     cli.check_flags(p, flags, COMMANDS, DATA)
-    flags.kind = "arithmetic" if flags.data == "arithmetic" else "text"
+    pairs = flags.data == "gsm8k" or flags.data.startswith("qa:")
+    if flags.context != CONTEXT and flags.data == "arithmetic":
+        raise ValueError("--context belongs to text; a problem of arithmetic has 12 tokens")
+    flags.kind = "arithmetic" if flags.data == "arithmetic" else "pairs" if pairs else "text"
     return flags
 
 
@@ -56,53 +71,71 @@ def cross_entropy(model, x, y):
     return F.cross_entropy(model(x).flatten(0, 1).float(), y.flatten())
 
 
-def text_task(corpus, device):
-    """Language modelling as a loop.Task: cross entropy on at most 400 windows of val or test."""
+def text_task(corpus, context, device):
+    """Language modelling as a loop.Task: cross entropy on at most 400 windows of val or test, `context` tokens each."""
     splits = {split: tokens.to(device) for split, tokens in corpus.splits.items()}
-    windows = {split: text.windows(splits[split], CONTEXT) for split in ("val", "test")}   # too short fails here
+    windows = {split: text.windows(splits[split], context) for split in ("val", "test")}   # too short fails here
 
     def evaluate(model, split):
         x, y = (t[:400] for t in windows[split])
-        losses = [cross_entropy(model, a, b).item() * len(a) for a, b in zip(x.split(32), y.split(32))]
+        n = max(1, 4096 // context)
+        losses = [cross_entropy(model, a, b).item() * len(a) for a, b in zip(x.split(n), y.split(n))]
         return {"loss": sum(losses) / len(x), "metric": sum(losses) / len(x)}
 
     return loop.Task(
         name=corpus.name, metric_name="loss", higher_is_better=False, evaluate=evaluate, loss=cross_entropy,
-        batch=lambda size, seed, step: text.batch(splits["train"], size, CONTEXT, seed, step))
+        batch=lambda size, seed, step: text.batch(splits["train"], size, context, seed, step))
 
 
-def arithmetic_task(arithmetic, device):
-    """Addition or subtraction as a loop.Task: loss on the answer, exact match in percent over 1,000 problems."""
-    problems = {split: [t.to(device) for t in arithmetic.problems(split, 1000)] for split in ("val", "test")}
+def answer_task(name, data, sizes):
+    """Arithmetic or question-answer pairs as a loop.Task: loss on the answers, exact match in percent.
+
+    sizes: {"val", "test"}: how many problems are marked, None for all.
+    """
+    problems = {split: data.problems(split, n) for split, n in sizes.items()}
 
     def evaluate(model, split):
-        return {"loss": None, "metric": tasks.exact_match(model, *problems[split])[0]}
+        loss = data.loss(model, split) if hasattr(data, "loss") else None
+        return {"loss": loss, "metric": tasks.exact_match(model, *problems[split], data)[0]}
 
-    return loop.Task(
-        name=f"arithmetic {arithmetic.operation}", metric_name="exact match", higher_is_better=True,
-        evaluate=evaluate, loss=cross_entropy, batch=arithmetic.batch)
+    return loop.Task(name=name, metric_name="exact match", higher_is_better=True,
+                     evaluate=evaluate, loss=cross_entropy, batch=data.batch)
+
+
+def base_of(flags):
+    """The model of --init. Returns (model, about)."""
+    model, about = loop.load_base(flags.init, GPT, gpt.GPT2_URLS, GPT.from_gpt2)
+    if about["published"]:
+        about["tokenizer"] = "gpt2"
+        if model.config.vocab_size != text.GPT2_VOCAB:
+            raise ValueError(f"{flags.init} knows {model.config.vocab_size:,} tokens, and GPT-2's tokenizer "
+                             f"{text.GPT2_VOCAB:,}: give weights that were trained with it")
+    return model, about
 
 
 def pretrained(flags, out, machine):
     """The base model: from --init, from an earlier run in out, or pretrained now. Returns (model, about)."""
     if flags.init is not None:
-        model, about = loop.load_model(flags.init, GPT)
+        model, about = base_of(flags)
         if (about["tokenizer"] == "arithmetic") != (flags.kind == "arithmetic"):
-            raise ValueError(f"{flags.init} speaks {about['tokenizer'] if flags.kind == 'text' else 'text'}, "
+            raise ValueError(f"{flags.init} speaks {'text' if flags.kind == 'arithmetic' else 'arithmetic'}, "
                              f"which does not go with --data {flags.data}")
         return model, about
     if flags.kind == "arithmetic":
-        about = {"data": "arithmetic +", "tokenizer": "arithmetic"}
-        task, vocab_size = arithmetic_task(tasks.Arithmetic("+"), machine.device), tasks.Arithmetic.vocab_size
+        about = {"data": "arithmetic +", "tokenizer": "arithmetic", "published": False}
+        task = answer_task("arithmetic +", tasks.Arithmetic("+"), MARKED["arithmetic"])
+        vocab_size = tasks.Arithmetic.vocab_size
         block_size = tasks.Arithmetic.length
     else:
         source = text.read_text("stdlib")
         ranks = text.train_bpe(source)
         corpus = text.make_corpus("stdlib", source, text.bpe_tokenizer(ranks))
-        about = {"data": f"stdlib {corpus.sha256[:12]}", "tokenizer": ranks}
-        task, vocab_size, block_size = text_task(corpus, machine.device), len(ranks), CONTEXT
-    config = GPTConfig(vocab_size, block_size, flags.n_layer or LAYERS[flags.kind], flags.n_head, flags.d_model)
-    settings = cli.pretrain_settings(flags, PRETRAIN[flags.kind])
+        about = {"data": f"stdlib {corpus.sha256[:12]}", "tokenizer": ranks, "published": False}
+        task, vocab_size = text_task(corpus, flags.context, machine.device), len(ranks)
+        block_size = flags.context
+    kind = "arithmetic" if flags.kind == "arithmetic" else "text"
+    config = GPTConfig(vocab_size, block_size, flags.n_layer or LAYERS[kind], flags.n_head, flags.d_model)
+    settings = cli.pretrain_settings(flags, PRETRAIN[kind])
     torch.manual_seed(flags.seed)
     model = GPT(config)
     if flags.command != "pretrain":
@@ -112,36 +145,49 @@ def pretrained(flags, out, machine):
 
 def make_setup(flags, out, machine):
     """What `compare` needs: the base, the data to adapt to, settings, rates and what to show of a model."""
-    if flags.kind == "text":
+    if flags.kind == "text":   # a file that cannot be used is found out now, not after pretraining
         source = text.read_text(flags.data, flags.data_dir)
-        text.split_text(source)   # a file that cannot be used is found out now, not after pretraining
+        text.split_text(source)
+    elif flags.kind == "pairs":
+        splits = tasks.split_pairs(flags.data, flags.data_dir, flags.seed)
     base, about = pretrained(flags, out, machine)
-    if flags.kind == "arithmetic":
-        arithmetic = tasks.Arithmetic("-")
-        task, sha = arithmetic_task(arithmetic, machine.device), "made by the program"
-        prompts, answers = (t.to(machine.device) for t in arithmetic.problems("test", 1000))
-
-        def sample(model):   # a few problems, as solved
-            _, guesses = tasks.exact_match(model, prompts[:8], answers[:8])
-            return [tasks.show(p.cpu(), a.cpu(), g.cpu()) for p, a, g in zip(prompts, answers, guesses)]
-    else:
+    if flags.kind == "text":
         tokenizer = tokenizer_of(about)
         corpus = text.make_corpus(flags.data, source, tokenizer)
-        task, sha = text_task(corpus, machine.device), corpus.sha256
+        context = min(flags.context, base.config.block_size)
+        task, sha = text_task(corpus, context, machine.device), corpus.sha256
         prompt = corpus.splits["test"][None, :24].to(machine.device)
 
         def sample(model):   # the test text's first tokens, continued
             g = torch.Generator(machine.device).manual_seed(flags.seed)
             tokens = model.generate(prompt, 80, temperature=0.8, top_k=40, generator=g)
             return [tokenizer.decode(tokens[0].tolist())]
+    else:
+        if flags.kind == "arithmetic":
+            data, name, sha = tasks.Arithmetic("-"), "arithmetic -", "made by the program"
+        else:
+            data = tasks.Pairs(splits, tokenizer_of(about), base.config.block_size)
+            name, sha = flags.data, data.sha256
+            if data.left_out:
+                print(f"{data.left_out} of {len(splits['train'])} training pairs do not fit into the model's context "
+                      f"of {base.config.block_size} tokens and are left out")
+        sizes = MARKED[flags.kind]
+        task = answer_task(name, data, sizes)
+        prompts, answers = (part[:8] for part in data.problems("test", sizes["test"]))
+
+        def sample(model):   # a few problems, as solved
+            guesses = tasks.greedy(model, prompts, data.max_new, data.end)
+            return [data.show(*each) for each in zip(prompts, answers, guesses)]
     settings = cli.finetune_settings(flags, FINETUNE[flags.kind])
-    return compare.Setup(base, task, settings, machine, out, flags.targets, RATES[flags.kind], sample,
-                         about={k: about[k] for k in ("data", "tokenizer")},
-                         run={"data": flags.data, "sha256": sha}, resume=flags.resume, lr=flags.lr)
+    rates = RATES["published"] if about["published"] else RATES["arithmetic" if flags.kind == "arithmetic" else "text"]
+    run = {"data": flags.data, "sha256": sha} | ({} if flags.kind == "arithmetic" else {"context": flags.context})
+    return compare.Setup(base, lambda seed: task, settings, machine, out, flags.targets, rates, sample,
+                         about={k: about[k] for k in ("data", "tokenizer", "published")},
+                         run=run, resume=flags.resume, lr=flags.lr)
 
 
 def tokenizer_of(about):
-    return text.bpe_tokenizer(about["tokenizer"])
+    return text.gpt2_tokenizer() if about["tokenizer"] == "gpt2" else text.bpe_tokenizer(about["tokenizer"])
 
 
 def show_samples(rows):
@@ -157,11 +203,10 @@ def show_samples(rows):
 
 def model_of(flags):
     """The model of --init, with --adapter on it where that is given. Returns (model, about)."""
-    model, about = loop.load_model(flags.init, GPT)
+    model, about = base_of(flags)
     if flags.adapter is not None:
         load_adapter(model, flags.adapter)
-        data = "arithmetic -" if about["tokenizer"] == "arithmetic" else "text"
-        about = {"data": data, "tokenizer": about["tokenizer"]}
+        about = {"data": "adapted", "tokenizer": about["tokenizer"], "published": about["published"]}
     return model, about
 
 
@@ -189,7 +234,7 @@ def main(argv=None):
 
 def command(argv):
     flags = flags_of(argv)
-    machine = loop.pick_machine(flags.device, flags.dtype)
+    machine = loop.pick_machine(flags.device, flags.dtype, flags.compile)
     if flags.command == "generate":   # whose output is the text alone
         generate(flags, machine)
         return
@@ -198,7 +243,7 @@ def command(argv):
     if flags.command == "pretrain":
         pretrained(flags, out, machine)
     elif flags.command == "merge":
-        loop.save_merged(*model_of(flags), out / "merged.pt")
+        loop.save_merged(*model_of(flags), out, flags.format, GPT.to_gpt2)
     else:
         rows = compare.run_command(flags, make_setup(flags, out, machine), MAIN, QUICK)
         show_samples(rows)

@@ -33,8 +33,9 @@ def number(low, kind=int, above=False):
     return convert
 
 
-def parser(script, about, commands, data):
-    """The flags of both scripts, each with its help on one line; scripts add their own."""
+def parser(script, about, commands, data, theirs):
+    """The flags of both scripts, each with its help on one line; scripts add their own. theirs: (another format for
+    merged models, names of published weights)."""
     wide = lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=130)   # a flag on a line
     p = Parser(script, description=about, formatter_class=wide,
                epilog="A method is one word: full, head, " + ", ".join(METHODS)
@@ -58,8 +59,11 @@ def parser(script, about, commands, data):
     a("--methods", nargs="+", default=None, metavar="M", help="compare: the methods' words")
     a("--seeds", type=number(1), default=1, metavar="N", help="compare, story: runs of every method")
     a("--tune", type=number(1), default=None, metavar="N", help="compare: try N rates, a factor 2 apart, on validation")
-    a("--init", default=None, metavar="FILE", help="model file to start from (default: pretrained here)")
+    a("--init", default=None, metavar="FILE", help=f"model to start from: a file, or {theirs[1]}")
     a("--adapter", default=None, metavar="FILE", help="adapter file that goes with --init")
+    a("--format", default="svmini", choices=("svmini", theirs[0]), help="merge: whose naming the file is in")
+    a("--accumulate", type=number(1), default=1, metavar="N", help="parts in which a batch goes through")
+    a("--compile", action="store_true", help="training steps through torch.compile")
     a("--save-every", type=number(0), default=0, metavar="N", help="steps between checkpoints (0: at the end)")
     a("--eval-every", type=number(0), default=0, metavar="N", help="steps between evaluations (0: at the end)")
     a("--resume", action="store_true", help="go on where the same command was stopped")
@@ -75,8 +79,9 @@ BELONGS = {   # flags that only some commands know
     "adapter": ("generate", "predict", "merge"), "prompt": ("generate",), "length": ("generate",),
     "temperature": ("generate",), "top_k": ("generate",),
     "pretrain_steps": ADAPTING, "head_lr": ADAPTING, "targets": ADAPTING, "per_class": (*ADAPTING, "predict"),
-    **dict.fromkeys(("lr", "resume", "steps", "batch_size", "save_every", "eval_every", "n_layer", "n_head", "d_model"),
-                    ("pretrain", *ADAPTING)),
+    **dict.fromkeys(("lr", "resume", "steps", "batch_size", "save_every", "eval_every", "n_layer", "n_head", "d_model",
+                     "accumulate", "compile"), ("pretrain", *ADAPTING)),
+    "format": ("merge",), "context": ("pretrain", *ADAPTING), "image_size": (*ADAPTING, "predict", "merge"), "no_shake": ADAPTING,
     "init": (*ADAPTING, "generate", "predict", "merge"),
 }
 
@@ -122,14 +127,16 @@ def pretrain_settings(flags, defaults):
     return replace(defaults, lr=own and flags.lr or defaults.lr,
                    batch_size=own and flags.batch_size or defaults.batch_size,
                    steps=(flags.steps if own else flags.pretrain_steps) or defaults.steps // (8 if flags.quick else 1),
-                   seed=flags.seed, save_every=flags.save_every, eval_every=flags.eval_every)
+                   seed=flags.seed, accumulate=flags.accumulate, save_every=flags.save_every,
+                   eval_every=flags.eval_every)
 
 
 def finetune_settings(flags, defaults):
     """defaults with what the flags say of fine-tuning, but for the learning rate, which is the method's."""
     return replace(defaults, steps=flags.steps or defaults.steps // (2 if flags.quick else 1),
                    batch_size=flags.batch_size or defaults.batch_size,
-                   seed=flags.seed, save_every=flags.save_every, eval_every=flags.eval_every)
+                   seed=flags.seed, accumulate=flags.accumulate, save_every=flags.save_every,
+                   eval_every=flags.eval_every)
 
 
 def out_folder(flags, default):

@@ -21,9 +21,10 @@ from .loop import Diverged, Machine, Settings, Task, evaluate, save_model, train
 
 @dataclass
 class Setup:
-    """What is adapted, on what, how. rates: learning rates by method word. sample(model): something to show of it."""
+    """What is adapted, on what, how. task_of(seed): the task, whose training data may hang on the seed. rates:
+    learning rates by method word. sample(model): something to show of it."""
     base: torch.nn.Module
-    task: Task
+    task_of: Callable
     settings: Settings
     machine: Machine
     out: Path
@@ -34,6 +35,11 @@ class Setup:
     run: dict = field(default_factory=dict)     # which data: what else decides a result
     resume: bool = False
     lr: float | None = None
+
+    @property
+    def task(self) -> Task:
+        """Of the first seed: what tuning runs on, and where names and test data come from."""
+        return self.task_of(self.settings.seed)
 
 
 def rate_of(word, setup):
@@ -65,7 +71,7 @@ def finetune(word, setup, seed, lr=None):
     """
     lr = rate_of(word, setup) if lr is None else lr
     folder = setup.out / "runs" / f"{slug(word)}-seed{seed}"
-    model = adapted(word, setup, seed)
+    model, task = adapted(word, setup, seed), setup.task_of(seed)
     s = settings_of(word, setup, seed, lr)
     flags = setup.run | {"method": model.adaptation["method"], "options": model.adaptation["options"],
                          "targets": model.adaptation["targets"], "base": model.adaptation["base"],
@@ -75,10 +81,10 @@ def finetune(word, setup, seed, lr=None):
     if setup.machine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    trained = train(model, setup.task, s, setup.machine, folder, flags, setup.resume, word)
+    trained = train(model, task, s, setup.machine, folder, flags, setup.resume, word)
     seconds = time.perf_counter() - began
     with setup.machine.autocast():
-        scores = evaluate(model, setup.task, "test")
+        scores = evaluate(model, task, "test")
     counts = count_trainable(model)
     on_cuda = setup.machine.device.type == "cuda"
     row = empty_row(word, setup, seed, lr) | {

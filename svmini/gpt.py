@@ -49,8 +49,12 @@ class GPT(nn.Module):
         nn.init.normal_(self.position_embedding.weight, std=std)
         self.head.weight = self.token_embedding.weight   # tied: one matrix reads and writes tokens
 
-    def forward(self, tokens):
-        """tokens (B, T) int64 -> logits (B, T, vocab_size). Raises ValueError where T exceeds block_size."""
+    def forward(self, tokens, at=None):
+        """tokens (B, T) int64 -> logits (B, T, vocab_size). Raises ValueError where T exceeds block_size.
+
+        at (B,) int64: one position of each row, for the logits there alone, (B, vocab_size). The logits of all
+        positions are by far the largest tensor: gigabytes for GPT-2's vocabulary.
+        """
         if tokens.dim() != 2:
             raise ValueError(f"tokens of shape {tuple(tokens.shape)} do not fit: GPT takes (B, T)")
         B, T = tokens.shape
@@ -60,7 +64,11 @@ class GPT(nn.Module):
         x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))   # (B, T, d)
         for block in self.blocks:
             x = block(x)                                                                      # (B, T, d)
-        return self.head(self.norm(x))                                                        # (B, T, vocab)
+        if at is not None:
+            if at.shape != (B,):
+                raise ValueError(f"at of shape {tuple(at.shape)} does not fit: one position for each of {B} rows")
+            x = x[torch.arange(B, device=x.device), at]                                       # (B, d)
+        return self.head(self.norm(x))                                           # (B, T, vocab), or (B, vocab)
 
     @torch.no_grad()
     def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None, generator=None):
@@ -80,7 +88,9 @@ class GPT(nn.Module):
         self.eval()
         try:
             for _ in range(max_new_tokens):
-                logits = self(tokens[:, -self.config.block_size:])[:, -1].float()                 # (B, vocab)
+                seen = tokens[:, -self.config.block_size:]
+                last = torch.full((len(seen),), seen.shape[1] - 1, device=seen.device)            # (B,)
+                logits = self(seen, at=last).float()                                              # (B, vocab)
                 if temperature == 0:
                     new = logits.argmax(dim=-1, keepdim=True)                                     # (B, 1)
                 else:

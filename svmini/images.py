@@ -1,57 +1,55 @@
-"""Pictures for train_vit.py: glyphs that the program draws itself, and MNIST and FashionMNIST through torchvision.
+"""Pictures for train_vit.py: batches of them, what a model is shown, and a grid of them for a reader.
 
-Everything is a function of its seed. Pictures are kept as tensors in memory, normalised once, and a batch is drawn
-from them by `batch`, which has no state. A real set more (CIFAR-10, ...) is one line in REAL, provided that its
-torchvision class has `data` and `targets`; `load_real` and `check_files` know only the files of the MNIST family.
+Pictures are kept as bytes. `prepare` makes of a batch what a model expects, on the model's device; `shake` is the light
+augmentation. Everything is a function of (data, seed, step).
 """
 
-import hashlib
-import math
-import string
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from .files import sha256_of, write_whole
+from .files import write_whole
 from .rng import generator
 
-# Glyphs: classes, dark on light or not, pictures a class in each split.
-GLYPHS = {
-    "A": dict(classes="123456789" + string.ascii_uppercase.replace("I", ""), inverted=False,
-              sizes={"train": 900, "val": 100, "test": 100}),
-    "B": dict(classes=string.ascii_lowercase, inverted=True,
-              sizes={"train": 50, "val": 30, "test": 60}),
-}
-GLYPH_MEAN, GLYPH_STD = 0.5, 0.5   # of a pixel, for both sets: inverted pictures must look inverted to the model
-GLYPH_SIZE = 24        # pixels along a side of a glyph picture
-BANK_SIZE = 64         # pixels along a side of the drawings that they are made from
-STROKES = (0, 1, 2, 4)   # added to each side of a stroke, in half pixels; more would fill the e and join the dot of i
-RECIPE = 1             # raise it with every change of the recipe: it stands in the names of cached files
-CHUNK = 2048           # pictures made at a time, which bounds the memory
-
-# Real sets: the name of torchvision's class, mean and standard deviation of a pixel over its training set.
-REAL = {
-    "mnist": ("MNIST", 0.1307, 0.3081),
-    "fashionmnist": ("FashionMNIST", 0.2860, 0.3530),
-}
-VAL_PER_CLASS = 500    # training pictures of each class that are set aside for validation
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # mean and std that torchvision's weights expect
 
 
 @dataclass
 class Pictures:
-    """splits: {"train" | "val" | "test": (images, labels)} with images (N, C, H, W) float32, normalised, and labels
-    (N,) int64; classes: the names, at the index that is their label."""
+    """splits: {"train" | "val" | "test": (images, labels)} with images (N, C, H, W) uint8 and labels (N,) int64;
+    classes: the names, at the index that is their label; mean, std: of each channel; natural: may be mirrored."""
     name: str
     splits: dict
     classes: list
+    mean: tuple
+    std: tuple
+    natural: bool = False
 
 
-def normalise(images, mean, std):
-    """(N, H, W) uint8 -> (N, 1, H, W) float32."""
-    return images.unsqueeze(1).float().div_(255).sub_(mean).div_(std)
+def prepare(images, size, mean, std):
+    """uint8 (B, C, H, W) -> float32 (B, len(mean), size, size), as weights trained with this mean and std expect.
+
+    Another size is resized to (bilinear, antialiased), grey becomes three equal channels, colour becomes its luma.
+    """
+    x = images.float().div_(255)
+    if x.shape[-2:] != (size, size):
+        x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+    if x.shape[1] == 3 and len(mean) == 1:
+        x = (x * x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(dim=1, keepdim=True)   # ITU-R BT.601
+    x = x.expand(-1, len(mean), -1, -1)
+    return (x - x.new_tensor(mean).view(-1, 1, 1)) / x.new_tensor(std).view(-1, 1, 1)
+
+
+def shake(x, seed, step):
+    """Light augmentation of (B, C, S, S): half of them mirrored, each shifted by up to S / 8, edges reflected."""
+    B, _, S, _ = x.shape
+    g, most = generator("shake", seed, step), S // 8
+    mirrored = torch.rand(B, generator=g) < 0.5
+    shift = torch.randint(2 * most + 1, (B, 2), generator=g).tolist()
+    x = torch.where(mirrored.view(-1, 1, 1, 1).to(x.device), x.flip(3), x)
+    x = F.pad(x, (most,) * 4, mode="reflect")
+    return torch.stack([picture[:, i:i + S, j:j + S] for picture, (i, j) in zip(x, shift)])
 
 
 def batch(images, labels, size, seed, step):
@@ -70,51 +68,6 @@ def batch(images, labels, size, seed, step):
     return images[index], labels[index]   # (size, C, H, W), (size,)
 
 
-# ---------------------------------------------------------------------------------------------------- glyphs
-
-def glyphs(which, seed=0, cache=None):
-    """The glyph set "A" (digits and upper case, light on dark) or "B" (lower case, dark on light), 1 x 24 x 24.
-
-    A is there to pretrain on, B to adapt to. cache: a folder where the set is kept between runs, or None; the
-    pictures are the same either way. Raises ValueError for another set, and where Pillow cannot draw the font.
-    """
-    if which not in GLYPHS:
-        raise ValueError(f"no glyph set {which!r}: choose from {', '.join(GLYPHS)}")
-    recipe = GLYPHS[which]
-    file = Path(cache) / f"glyphs-{which}-seed{seed}-v{RECIPE}.pt" if cache is not None else None
-    raw = read_cache(file, recipe) if file else None
-    if raw is None:
-        bank = draw_bank(recipe["classes"])
-        raw = {split: draw_split(bank, n, recipe["inverted"], generator("glyphs", which, split, seed))
-               for split, n in recipe["sizes"].items()}
-        if file:
-            write_whole(file, lambda f: torch.save({"splits": raw, "sha256": checksum(raw)}, f))
-    splits = {split: (normalise(raw[split], GLYPH_MEAN, GLYPH_STD), glyph_labels(recipe, split))
-              for split in recipe["sizes"]}
-    return Pictures(f"glyphs {which}", splits, list(recipe["classes"]))
-
-
-def glyph_labels(recipe, split):
-    """0, 1, 2, ..., 0, 1, 2, ...: any first few pictures of a split show all classes equally often. (N,) int64"""
-    return torch.arange(len(recipe["classes"])).repeat(recipe["sizes"][split])
-
-
-def draw_bank(characters):
-    """Each character in each stroke width, light on dark: (classes, strokes, 64, 64) float32 in [0, 1]."""
-    from PIL import Image, ImageDraw
-    font = load_font(100)
-    bank = torch.empty(len(characters), len(STROKES), BANK_SIZE, BANK_SIZE)
-    for i, character in enumerate(characters):
-        for j, stroke in enumerate(STROKES):
-            image = Image.new("L", (2 * BANK_SIZE, 2 * BANK_SIZE))   # twice the size, for half pixels of stroke
-            # "mm" keeps all characters on one base line, so that p stays lower than d; 6 higher, p's stem fits
-            ImageDraw.Draw(image).text((BANK_SIZE, BANK_SIZE - 6), character, fill=255, font=font, anchor="mm",
-                                       stroke_width=stroke)
-            pixels = torch.frombuffer(bytearray(image.reduce(2).tobytes()), dtype=torch.uint8)
-            bank[i, j] = pixels.view(BANK_SIZE, BANK_SIZE) / 255
-    return bank
-
-
 def load_font(size):
     """The font that Pillow carries. Raises ValueError where this Pillow has none that scales."""
     from PIL import ImageFont
@@ -124,141 +77,6 @@ def load_font(size):
         raise ValueError(f"this Pillow cannot draw text at a chosen size ({error}): "
                          "install Pillow 10.1 or later with FreeType (pip install --upgrade pillow)") from None
 
-
-def draw_split(bank, per_class, inverted, g):
-    """per_class pictures of each class in the order of glyph_labels, drawn by the generator g: (N, 24, 24) uint8."""
-    labels = torch.arange(len(bank)).repeat(per_class)
-    return torch.cat([draw(bank, part, inverted, g) for part in labels.split(CHUNK)])
-
-
-def draw(bank, labels, inverted, g):
-    """One distorted glyph for each label: (n, 24, 24) uint8.
-
-    The drawing is rotated by up to 12 degrees, scaled by up to 0.15 along each axis, sheared by up to 0.15, shifted
-    by up to 0.08 of half a side, bent by a smooth displacement of about 0.05, and covered with noise of 0.06.
-    """
-    n = len(labels)
-
-    def uniform(bound):
-        return (torch.rand(n, generator=g) * 2 - 1) * bound                       # (n,)
-
-    angle, shear = uniform(torch.pi / 15), uniform(0.15)
-    scale_x, scale_y = 1 + uniform(0.15), 1 + uniform(0.15)
-    shift_x, shift_y = uniform(0.08), uniform(0.08)
-    cos, sin = angle.cos(), angle.sin()
-    # scale, then shear, then rotate; grid_sample asks where a pixel comes from, so the scale divides
-    theta = torch.stack([torch.stack([cos / scale_x, (shear * cos - sin) / scale_y, shift_x], dim=1),
-                         torch.stack([sin / scale_x, (shear * sin + cos) / scale_y, shift_y], dim=1)], dim=1)
-    grid = F.affine_grid(theta, [n, 1, GLYPH_SIZE, GLYPH_SIZE], align_corners=False)             # (n, 24, 24, 2)
-    bend = 0.05 * torch.randn(n, 2, 4, 4, generator=g)
-    bend = F.interpolate(bend, size=(GLYPH_SIZE, GLYPH_SIZE), mode="bicubic", align_corners=False)   # (n, 2, 24, 24)
-    stroke = torch.randint(len(STROKES), (n,), generator=g)
-    drawing = bank[labels, stroke].unsqueeze(1)                                                  # (n, 1, 64, 64)
-    x = F.grid_sample(drawing, grid + bend.permute(0, 2, 3, 1), align_corners=False).squeeze(1)  # (n, 24, 24)
-    x = (x + 0.06 * torch.randn(x.shape, generator=g)).clamp_(0, 1)
-    if inverted:
-        x = 1 - x
-    return (x * 255).round_().to(torch.uint8)
-
-
-def checksum(raw):
-    return sha256_of(*(raw[split] for split in sorted(raw)))
-
-
-def read_cache(file, recipe):
-    """The uint8 pictures of a cached set by split, or None where there is no such file or it is damaged."""
-    if not file.exists():
-        return None
-    try:
-        content = torch.load(file, weights_only=True)
-        raw = content["splits"]
-        shapes = {split: (n * len(recipe["classes"]), GLYPH_SIZE, GLYPH_SIZE) for split, n in recipe["sizes"].items()}
-        if {split: tuple(raw[split].shape) for split in raw} == shapes and content["sha256"] == checksum(raw):
-            return raw
-        reason = "its content is not what was written"
-    except Exception as error:   # unpickling fails in many ways; each means that the file is of no use
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-    print(f"{file} is damaged and is made again ({reason})", file=sys.stderr)
-    return None
-
-
-# ------------------------------------------------------------------------------------------------- real sets
-
-def load_pictures(name, data_dir=None, seed=0, per_class=None):
-    """A real set through torchvision, downloaded into data_dir where it is not there yet; 1 x 28 x 28.
-
-    The seed puts the training pictures of each class in an order; the first 500 are set aside for validation and
-    training takes from the rest, so the two never meet. per_class=None: all of both; per_class=50: the first 50 of
-    each class in both (at most 500 in val). The test set is always whole. Raises ValueError for an unknown name, no
-    data_dir, a per_class that the set cannot give and damaged files, FileNotFoundError for files that cannot be had.
-    """
-    if name not in REAL:
-        raise ValueError(f"no picture set {name!r}: choose from {', '.join(REAL)}")
-    if data_dir is None:
-        raise ValueError(f"{name} is read from files: give their folder by --data-dir, or use --data glyphs")
-    class_name, mean, std = REAL[name]
-    train, test = load_real(class_name, Path(data_dir))
-    order = torch.randperm(len(train.targets), generator=generator(name, "train", seed))
-    by_class = [order[train.targets[order] == label] for label in range(len(train.classes))]
-    most = min(map(len, by_class)) - VAL_PER_CLASS
-    if per_class is not None and not 1 <= per_class <= most:
-        raise ValueError(f"per_class={per_class} does not fit {name}: it must be from 1 to {most}, "
-                         f"as {VAL_PER_CLASS} training pictures of each class are set aside for validation")
-    chosen = {"train": [i[VAL_PER_CLASS:][:per_class] for i in by_class],
-              "val": [i[:VAL_PER_CLASS][:per_class] for i in by_class]}
-    splits = {}
-    for split, parts in chosen.items():
-        index = torch.cat(parts).sort().values
-        splits[split] = normalise(train.data[index], mean, std), train.targets[index]
-    splits["test"] = normalise(test.data, mean, std), test.targets
-    return Pictures(name, splits, [c.split(" - ")[0] for c in train.classes])   # MNIST's are "0 - zero", ...
-
-
-def load_real(class_name, data_dir):
-    """torchvision's training and test set, with every way to fail put in one sentence."""
-    import torchvision.datasets
-    dataset = getattr(torchvision.datasets, class_name)
-    folder = data_dir / class_name / "raw"
-    check_files(dataset, folder)
-    try:
-        train = dataset(root=str(data_dir), train=True, download=True)
-        check_files(dataset, folder)   # once more: what has been unpacked is new
-        return train, dataset(root=str(data_dir), train=False)
-    except (RuntimeError, OSError) as error:   # URLError and PermissionError are OSErrors
-        check_files(dataset, folder)   # a broken download is named
-        missing = [f for f, _ in dataset.resources if not (folder / f).exists() and not (folder / f[:-3]).exists()]
-        if not missing:
-            raise ValueError(f"cannot read {class_name} in {folder} ({one_line(error)}): "
-                             "check its files, and that the folder can be written to") from None
-        raise FileNotFoundError(
-            f"{class_name} is not complete: {', '.join(missing)} could not be downloaded from "
-            f"{' or '.join(dataset.mirrors)} ({one_line(error)}); put what is missing into {folder}, "
-            "or use pictures that need no download: --data glyphs") from None
-
-
-def one_line(error):
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
-
-
-def check_files(dataset, folder):
-    """Raises ValueError that names a damaged file: torchvision does not look again at what it has unpacked before."""
-    for name, md5 in dataset.resources:
-        packed, unpacked = folder / name, folder / name[:-len(".gz")]
-        remedy = "delete it to have it made again from a sound copy, or use --data glyphs"
-        if packed.is_file() and hashlib.md5(packed.read_bytes(), usedforsecurity=False).hexdigest() != md5:
-            raise ValueError(f"{packed} is damaged (its MD5 is not {md5}): {remedy}")
-        if not unpacked.is_file():
-            continue
-        dims = 3 if "idx3" in name else 1   # pictures or labels
-        with open(unpacked, "rb") as file:
-            head = file.read(4 + 4 * dims)   # the format: 0, 0, 8 for bytes, dims, then each size in four bytes
-        sizes = [int.from_bytes(head[i:i + 4], "big") for i in range(4, 4 + 4 * dims, 4)]
-        if head[:4] != bytes([0, 0, 8, dims]) or unpacked.stat().st_size != 4 + 4 * dims + math.prod(sizes):
-            raise ValueError(f"{unpacked} is damaged (its length or kind is not what its head should say): {remedy}")
-
-
-# ---------------------------------------------------------------------------------------------------- a grid
 
 def save_grid(path, pictures, labels, before, after, classes):
     """Write a PNG of pictures with their label and what a model took them for before and after fine-tuning.

@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from . import files
 from .adapter import head_of, merge
+from .tasks import NO_LOSS
+from .weights import read_source
 
 
 @dataclass
@@ -35,7 +37,8 @@ class Task:
 @dataclass
 class Settings:
     """How to train. lr: of everything but a head of its own, which takes head_lr (None: lr). warmup: share of steps.
-    schedule: "cosine" or "linear" decay to 0 after the warm-up. eval_every, save_every: in steps, 0: at the end."""
+    schedule: "cosine" or "linear" decay to 0 after the warm-up. accumulate: parts in which a batch goes through the
+    model, to save memory. eval_every, save_every: in steps, 0: at the end."""
     steps: int
     lr: float
     batch_size: int
@@ -45,6 +48,7 @@ class Settings:
     weight_decay: float = 0.0
     betas: tuple = (0.9, 0.999)
     clip: float = 1.0
+    accumulate: int = 1
     seed: int = 0
     eval_every: int = 0
     save_every: int = 0
@@ -52,10 +56,12 @@ class Settings:
 
 @dataclass
 class Machine:
-    """device: where the work runs.  dtype: of autocast, float32 for none.  reason: why, in a line for the reader."""
+    """device: where the work runs.  dtype: of autocast, float32 for none.  reason: why, in a line for the reader.
+    compile: whether training steps go through torch.compile."""
     device: torch.device
     dtype: torch.dtype
     reason: str
+    compile: bool = False
 
     def autocast(self):
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
@@ -69,8 +75,8 @@ class Stopped(Exception):
     """Ctrl-C: the run has written its checkpoint and ended."""
 
 
-def pick_machine(device="auto", dtype="auto"):
-    """Resolve --device and --dtype to a Machine. Raises ValueError for a device that is not there."""
+def pick_machine(device="auto", dtype="auto", compile=False):
+    """Resolve --device, --dtype and --compile to a Machine. Raises ValueError for a device that is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(d for d, ok in there.items() if ok) if device == "auto" else device
     if not there.get(name):
@@ -82,7 +88,8 @@ def pick_machine(device="auto", dtype="auto"):
     why = "asked for" if device != "auto" else "the first of cuda, mps, cpu that is there"
     what = torch.cuda.get_device_name() if name == "cuda" else f"{torch.get_num_threads()} threads"
     reason = f"device {name} ({what}; {why}), {dtype}" + (" autocast" if dtype != "float32" else "")
-    return Machine(torch.device(name), getattr(torch, dtype), reason)
+    reason += ", compiled" if compile else ""
+    return Machine(torch.device(name), getattr(torch, dtype), reason, compile)
 
 
 def rate(step, s):
@@ -121,6 +128,7 @@ def train(model, task, s, machine, folder=None, flags=None, resume=False, label=
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     run = Run(model, task, optimizer, scaler, folder, flags or {})
+    stepping = torch.compile(model) if machine.compile else model   # the same parameters
     start = run.restore() if resume else 0
     seconds = 0.0
     with interrupts() as stop, tqdm(total=s.steps, initial=start, desc=label, leave=False, disable=None) as bar:
@@ -129,9 +137,16 @@ def train(model, task, s, machine, folder=None, flags=None, resume=False, label=
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * rate(step, s)
             x, y = (t.to(machine.device, non_blocking=True) for t in task.batch(s.batch_size, s.seed, step))
-            with machine.autocast():
-                loss = task.loss(model, x, y)
-            scaler.scale(loss).backward()
+            loss = torch.zeros((), device=machine.device)
+            for part_x, part_y in zip(x.chunk(s.accumulate), y.chunk(s.accumulate)):
+                targets = (part_y != NO_LOSS).sum()   # a loss is a mean over them, of a part as of the whole
+                if s.accumulate > 1 and targets == 0:
+                    continue   # and a mean over none is no number
+                with machine.autocast():
+                    part = task.loss(stepping, part_x, part_y)
+                part = part * (targets.to(part.dtype) / (y != NO_LOSS).sum())
+                scaler.scale(part).backward()
+                loss += part.detach()
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(trained, s.clip)
             scaler.step(optimizer)
@@ -209,9 +224,9 @@ class Run:
         return content["step"]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def evaluate(model, task, split):
-    """task.evaluate in eval mode and without gradients. Raises Diverged where a score is not finite."""
+    """task.evaluate in eval mode and without autograd. Raises Diverged where a score is not finite."""
     was_training = model.training
     model.eval()
     scores = task.evaluate(model, split)
@@ -252,6 +267,17 @@ def load_model(path, model_class):
     model = model_class(model_class.Config(**content["config"]))
     model.load_state_dict(content["state"])
     return model, content["about"]
+
+
+def load_base(source, model_class, urls, from_theirs):
+    """(model, about) of a model file of ours, or of weights from elsewhere: a name in urls, or a file in their naming,
+    which from_theirs turns into a model; about["published"] tells the two apart. Raises as read_source and load_model
+    do."""
+    state = read_source(source, urls)
+    if "kind" in state:   # ours, or an adapter or a run, which load_model refuses
+        model, about = load_model(source, model_class)
+        return model, {"published": False} | about
+    return from_theirs(state), {"data": Path(source).stem, "published": True}
 
 
 @contextmanager
@@ -305,7 +331,15 @@ def pretrain(model, task, s, machine, folder, about, resume=False):
     return model, about
 
 
-def save_merged(model, about, path):
-    """Merge an adapted model and write it as a model file."""
-    save_model(path, merge(model), **about)
-    print(f"{path} holds the merged model: plain weights, as fast as the base")
+def save_merged(model, about, out, form, to_theirs):
+    """Merge an adapted model and write it to a folder: as a model file of ours, or in the naming of its origin."""
+    merge(model)
+    if form == "svmini":
+        path = Path(out) / "merged.pt"
+        save_model(path, model, **about)
+    else:
+        path = Path(out) / f"merged-{form}.pt"
+        state = to_theirs(model)
+        files.write_whole(path, lambda file: torch.save(state, file))
+    print(f"{path} holds the merged model: plain weights, as fast as the base"
+          + (f", in {form}'s naming: load_state_dict(torch.load({path.name!r}))" if form != "svmini" else ""))

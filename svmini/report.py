@@ -96,8 +96,8 @@ def notes(rows):
     seeds = sorted({r["seed"] for r in rows if r["method"] != "start"})
     small = "small differences" if rows[0]["metric_name"] == "loss" else "differences under three points"
     lines = [ONE_SEED.format(small) if len(seeds) == 1 else
-             f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}: of the batches, and of LoRA's and "
-             "DoRA's start; base and data are one"]
+             f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}: of the batches, of LoRA's and DoRA's "
+             "start, and of the draw where real pictures are drawn by class; the base is one"]
     heads = {r["head"] for r in rows if r.get("head")}
     if heads:
         lines.append(f"head: {max(heads):,} parameters more, trained beside every method and not counted as adapter's")

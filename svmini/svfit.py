@@ -28,10 +28,12 @@ class SVFit(Adapter):
         self.options = {"rank": r, "energy": None}              # resolved: what a file stores for this layer
         # with all ranks W_e is zero and the factors stand for W0, which is then not kept
         self.freeze("W0", None if r == len(S) else linear.weight)
-        self.freeze("U", U[:, :r].clone())                      # a slice would keep the whole alive
-        self.freeze("S", S[:r])
-        self.freeze("Vt", Vt[:r].clone())
-        self.s = nn.Parameter(S[:r].clone())
+        if r < len(S):
+            U, S, Vt = U[:, :r].clone(), S[:r], Vt[:r].clone()  # a slice would keep the whole alive
+        self.freeze("U", U)
+        self.freeze("S", S)
+        self.freeze("Vt", Vt)
+        self.s = nn.Parameter(S.clone())
 
     def weight(self):
         if self.W0 is None:

@@ -30,6 +30,7 @@ SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
 SHORTEST = 10_000   # characters; less than this is no corpus: a tenth of it must fill a context
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+GPT2_VOCAB = 50257
 # Where GPT-2 cuts a text, so that no token crosses a cut: contractions, words, numbers, other marks, spaces
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -229,9 +230,11 @@ def gpt2_tokenizer():
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:   # tiktoken passes on whatever its network library raises
-        raise FileNotFoundError(f"GPT-2's tokenizer is missing and could not be fetched ({type(error).__name__}): "
-                                f"set TIKTOKEN_CACHE_DIR to a folder in which tiktoken has kept it, or use the "
-                                f"trained BPE, which needs no network") from None
+        url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+        names = [f"{f} as {hashlib.sha1((url + f).encode()).hexdigest()}" for f in ("vocab.bpe", "encoder.json")]
+        raise FileNotFoundError(f"GPT-2's tokenizer could not be fetched from {url} ({type(error).__name__}): put "
+                                f"{' and '.join(names)} into a folder and set TIKTOKEN_CACHE_DIR to it, or start from "
+                                f"a model pretrained here, whose trained BPE needs no network") from None
 
 
 # ---- batches ----

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from .transformer import Block, check_config, init_linears
 from .weights import check_kind, from_theirs, load_exactly, read_source, to_theirs
@@ -68,6 +69,20 @@ class ViT(nn.Module):
         nn.init.zeros_(self.head.bias)
         return self
 
+    def new_size(self, image_size):
+        """Take images of another size from now on: the grid of position embeddings is interpolated (bicubic), the
+        patches stay as they are (arXiv 2010.11929, section 3.2); returns the model."""
+        config = replace(self.config, image_size=image_size)   # checks it
+        old, new = (c.image_size // c.patch_size for c in (self.config, config))
+        if old != new:
+            first, grid = self.position_embedding.detach().split([1, old * old], dim=1)          # of the class token
+            grid = grid.reshape(1, old, old, -1).permute(0, 3, 1, 2)                             # (1, d, old, old)
+            grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=True)      # (1, d, new, new)
+            grid = grid.flatten(2).transpose(1, 2)                                               # (1, new * new, d)
+            self.position_embedding = nn.Parameter(torch.cat([first, grid], dim=1))
+        self.config = config
+        return self
+
     def forward(self, images):
         """images (B, C, H, W) -> logits (B, num_classes). Raises ValueError for images of another size."""
         c = self.config
@@ -82,13 +97,13 @@ class ViT(nn.Module):
         return self.head(self.norm(x[:, 0]))                                     # (B, num_classes)
 
     @classmethod
-    def from_torchvision(cls, source, num_classes=None, n_head=None):
+    def from_torchvision(cls, source, num_classes=None, n_head=None, image_size=None):
         """A ViT with the weights of a torchvision VisionTransformer.
 
         source: "vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32" or "vit_h_14" (downloaded once), a file, or a state
         dict. num_classes: a fresh head for another task; None keeps theirs. n_head: None for the published models'
-        (16 at width 1280, else heads of width 64); a state dict does not tell. Raises ValueError that lists
-        missing, surplus and misshapen keys.
+        (16 at width 1280, else heads of width 64); a state dict does not tell. image_size: None for theirs.
+        Raises ValueError that lists missing, surplus and misshapen keys.
         """
         state = read_source(source, torchvision_urls())
         check_kind(state, "torchvision VisionTransformer", {
@@ -107,6 +122,8 @@ class ViT(nn.Module):
         with torch.device("meta"):   # sizes without memory; the weights are put in their place below
             model = cls(config)
         load_exactly(model, ours)
+        if image_size is not None:
+            model.new_size(image_size)
         return model if num_classes is None else model.new_head(num_classes)
 
     def to_torchvision(self):

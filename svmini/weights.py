@@ -19,7 +19,9 @@ def read_source(source, urls):
         return source
     if str(source) in urls:
         url = urls[str(source)]
-        path = Path(torch.hub.get_dir()) / "checkpoints" / f"{source}-{url.rsplit('/', 1)[-1]}"
+        name = url.rsplit("/", 1)[-1]   # as torchvision keeps it; all GPT-2s have one name, so theirs goes in front
+        name = name if name.startswith(str(source)) else f"{source}-{name}"
+        path = Path(torch.hub.get_dir()) / "checkpoints" / name
         try:
             return torch.hub.load_state_dict_from_url(
                 url, map_location="cpu", weights_only=True, file_name=path.name)

@@ -5,7 +5,7 @@ import torch
 
 import train_gpt
 import train_vit
-from svmini import GPT, GPTConfig, METHODS, ViT, ViTConfig, adapt, cli, images, loop, save_adapter, tasks, text
+from svmini import GPT, GPTConfig, METHODS, ViT, ViTConfig, adapt, cli, glyphs, loop, save_adapter, tasks, text
 
 TINY = ["--n-layer", "1", "--n-head", "2", "--d-model", "16", "--device", "cpu"]
 GPT_SIZES = {"n_layer": 1, "n_head": 2, "d_model": 16}
@@ -17,8 +17,10 @@ def things(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files of all kinds ü")
     torch.manual_seed(0)
     vit = ViT(ViTConfig(24, 6, 1, 34, 1, 2, 16))
-    loop.save_model(folder / "vit.pt", vit, data="glyphs A", classes=["x"])
-    loop.save_model(folder / "mnist.pt", ViT(ViTConfig(28, 7, 1, 10, 1, 2, 16)), data="mnist", classes=["0"])
+    scale = {"mean": (0.5,), "std": (0.5,), "published": False}
+    loop.save_model(folder / "vit.pt", vit, data="glyphs A", **scale)
+    loop.save_model(folder / "mnist.pt", ViT(ViTConfig(28, 7, 1, 10, 1, 2, 16)), data="mnist", **scale)
+    loop.save_model(folder / "old.pt", vit, data="glyphs A", classes=["x"])   # from before it said its scale
     save_adapter(adapt(vit.new_head(26), "lora", rank=2), folder / "vit-adapter.pt")
     gpt = GPT(GPTConfig(tasks.Arithmetic.vocab_size, tasks.Arithmetic.length, **GPT_SIZES))
     loop.save_model(folder / "arithmetic.pt", gpt, data="arithmetic +", tokenizer="arithmetic")
@@ -38,7 +40,7 @@ def things(tmp_path_factory):
 def quick(monkeypatch):
     """Small pictures and a short library: these tests are about words. No training must start in them."""
     for which in "AB":
-        monkeypatch.setitem(images.GLYPHS[which], "sizes", {"train": 2, "val": 1, "test": 1})
+        monkeypatch.setitem(glyphs.GLYPHS[which], "sizes", {"train": 2, "val": 1, "test": 1})
     library = text.stdlib_source()[:30_000]
     monkeypatch.setattr(text, "stdlib_source", lambda: library)
     monkeypatch.setattr(loop, "train", lambda *a, **k: pytest.fail("training started"))
@@ -107,6 +109,13 @@ FLAGS = [
     ("--n-layer 0", "--n-layer", "of at least 1"),
     ("--d-model 0", "--d-model", "of at least 1"),
     ("--n-head x", "--n-head", "a whole number"),
+    ("--accumulate 0", "--accumulate", "of at least 1"),
+    ("--accumulate x", "--accumulate", "a whole number", "'x'"),
+    ("merge --accumulate 2", "--accumulate belongs to pretrain and story"),
+    ("merge --compile", "--compile belongs to pretrain and story"),
+    ("finetune --method svft --format svmini --format pth", "--format", "'pth'", "svmini"),
+    ("merge --init x.pt --adapter y.pt --n-layer 2", "--n-layer belongs to"),
+    ("finetune --method svft --init x.pt --pretrain-steps 3", "--pretrain-steps speaks of a model that is pretrained"),
     # names
     ("--data xyz", "no data 'xyz'", "data: "),
     ("--device gpu", "--device", "'gpu'", "cpu", "cuda", "mps"),
@@ -179,9 +188,10 @@ GPT_ONLY = [
     ("generate --prompt 1 --length 0", "--length", "of at least 1"),
     ("generate --prompt 1 --top-k 0", "--top-k", "of at least 1"),
     ("generate --init FILES/arithmetic.pt --prompt 12x4=é", "0123456789+-=", "'x'", "'é'"),
-    ("generate --init FILES/none.pt --prompt 1", "there is no model at", "none.pt"),
-    ("generate --init FILES --prompt 1", "there is no model at"),
-    ("generate --init FILES/notes.pt --prompt 1", "notes.pt is not a readable svmini model"),
+    ("generate --init FILES/none.pt --prompt 1", "none.pt' is neither a file nor one of gpt2, gpt2-medium"),
+    ("generate --init FILES --prompt 1", "is neither a file nor one of gpt2"),
+    ("generate --init vit_b_16 --prompt 1", "'vit_b_16' is neither a file nor one of gpt2"),
+    ("generate --init FILES/notes.pt --prompt 1", "notes.pt is no file of weights that torch can read"),
     ("generate --init FILES/gpt-adapter.pt --prompt 1", "svmini adapter, not an svmini model"),
     ("generate --init FILES/vit.pt --prompt 1", "holds a ViT, not a GPT"),
     ("generate --init FILES/arithmetic.pt --adapter FILES/arithmetic.pt --prompt 1", "svmini model, not an svmini adapter"),
@@ -207,19 +217,40 @@ VIT_ONLY = [
     ("--data glyps", "no data 'glyps'", "did you mean 'glyphs'?"),
     ("generate", "no command 'generate'", "predict"),
     ("--head-lr 0", "--head-lr", "above 0"),
-    ("--per-class 0", "--per-class", "of at least 1"),
+    ("--per-class 0", "--per-class", "of at least 2"),
+    ("--per-class 1", "--per-class", "of at least 2", "'1'"),
+    ("--per-class 10", "--per-class belongs to real data"),
+    ("pretrain --data cifar10 --per-class 10", "--per-class belongs to"),
+    ("--image-size 224", "--image-size speaks of the model that --init brings"),
+    ("--image-size 0 --init FILES/vit.pt", "--image-size", "of at least 1"),
+    ("pretrain --image-size 24", "--image-size belongs to"),
+    ("predict --init FILES/vit.pt --no-shake", "--no-shake belongs to"),
+    ("finetune --method svft --init FILES/vit.pt --image-size 25", "image_size=25 is not divisible by patch_size=6"),
+    ("--data food101", "--data food101 is no set to pretrain for", "--init vit_b_16"),
+    ("pretrain --data eurosat", "--data eurosat is no set to pretrain for"),
+    ("--data folder:FILES", "is no set to pretrain for", "--init vit_b_16"),
+    ("--data folder", "no data 'folder'", "folder:PATH"),
+    ("finetune --method svft --data folder: --init FILES/vit.pt", "no picture set 'folder:'", "folder:PATH"),
+    ("finetune --method svft --data folder:FILES/none --init FILES/vit.pt", "there is no folder", "none"),
+    ("finetune --method svft --data folder:FILES --init FILES/vit.pt", "no folder of class folders"),
+    ("finetune --method svft --data food101 --init FILES/vit.pt", "--data-dir"),
+    ("merge --init FILES/vit.pt --adapter FILES/vit-adapter.pt --format gpt2", "--format", "'gpt2'", "torchvision"),
+    ("finetune --method svft --format torchvision", "--format belongs to merge"),
+    ("finetune --method svft --init vit_b_17", "'vit_b_17' is neither a file nor one of vit_b_16, vit_b_32"),
+    ("finetune --method svft --init gpt2", "'gpt2' is neither a file nor one of vit_b_16"),
+    ("predict --init FILES/old.pt", "old.pt does not say which pictures", "mean and std", "pretrain it again"),
     ("predict --head-lr 1", "--head-lr belongs to"),
     ("predict", "needs --init"),
     ("--data mnist", "--data-dir", "--data glyphs"),
     ("predict --init FILES/arithmetic.pt", "holds a GPT, not a ViT"),
     ("predict --init FILES/vit-adapter.pt", "svmini adapter, not an svmini model"),
-    ("predict --init FILES/cut.pt", "cut short"),
+    ("predict --init FILES/cut.pt", "cut.pt is no file of weights that torch can read"),
     ("predict --init FILES/mnist.pt", "was trained on mnist", "does not go with --data glyphs"),
     ("predict --init FILES/vit.pt --adapter FILES/gpt-adapter.pt", "gpt-adapter.pt was trained on another base"),
-    ("predict --init FILES/mnist.pt --adapter FILES/vit-adapter.pt", "was trained on mnist"),
+    ("predict --init FILES/mnist.pt --adapter FILES/vit-adapter.pt", "vit-adapter.pt was trained on another base"),
     ("merge --init FILES/vit.pt", "merge needs --adapter"),
     ("finetune --method svft --init FILES/arithmetic.pt", "holds a GPT, not a ViT"),
-    ("finetune --method svft --init FILES/notes.pt", "not a readable svmini model"),
+    ("finetune --method svft --init FILES/notes.pt", "notes.pt is no file of weights that torch can read"),
 ]
 
 
@@ -249,15 +280,6 @@ def test_a_device_that_is_not_there(script, device, tmp_path, capsys):
         pytest.skip(f"{device} is there")
     refused(SCRIPTS[script], ["--device", device, "--out", str(tmp_path / "new")], [f"'{device}' is not there", "cpu"],
             tmp_path, capsys)
-
-
-def test_pictures_of_another_size(things, tmp_path, capsys, monkeypatch):
-    """A model for 28 x 28 on glyphs of 24 x 24."""
-    monkeypatch.undo()
-    for which in "AB":
-        monkeypatch.setitem(images.GLYPHS[which], "sizes", {"train": 2, "val": 1, "test": 1})
-    refused(train_vit.main, ["finetune", "--method", "svft", "--init", str(things / "mnist.pt"), "--out", str(tmp_path),
-                             "--device", "cpu"], ["do not fit", "28", "24"], tmp_path, capsys, cached=True)
 
 
 @pytest.mark.parametrize("error, code", [(KeyboardInterrupt(), 130), (loop.Stopped("go on by --resume"), 130),

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 
 import train_gpt
 import train_vit
-from svmini import GPT, GPTConfig, ViT, ViTConfig, adapt, compare, files, loop, report, save_adapter
+from svmini import GPT, GPTConfig, ViT, ViTConfig, adapt, compare, files, loop, report, save_adapter, tasks
 from svmini.rng import generator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -239,11 +240,11 @@ def test_the_handler_of_before_comes_back_and_threads_can_train():
 
 # ---- pretrain and compare ----
 
-def toy_setup(out, **changes):
-    base = tiny_gpt(dropout=0.2)
+def toy_setup(out, task=None, **changes):
+    base, task = tiny_gpt(dropout=0.2), task or toy()
     return compare.Setup(**{
-        "base": base, "task": toy(), "settings": SETTINGS, "machine": CPU, "out": out, "targets": ("query", "up"),
-        "rates": {}, "sample": lambda model: None, "run": {"data": "walk"}, **changes})
+        "base": base, "task_of": lambda seed: task, "settings": SETTINGS, "machine": CPU, "out": out,
+        "targets": ("query", "up"), "rates": {}, "sample": lambda model: None, "run": {"data": "walk"}, **changes})
 
 
 def test_pretraining_is_kept_reused_resumed_and_guarded(tmp_path, capsys):
@@ -449,12 +450,13 @@ def test_evaluation_is_in_eval_mode_and_without_autograd(training):
     model, seen = tiny_gpt(0.5).train(training), []
 
     def look(m, split):
-        seen.append((split, m.training, m.blocks[0].training, torch.is_grad_enabled()))
+        seen.append((split, m.training, m.blocks[0].training, torch.is_grad_enabled(),
+                     torch.is_inference_mode_enabled()))
         return {"loss": None, "metric": 1.0}
 
     assert loop.evaluate(model, toy(evaluate=look), "test") == {"loss": None, "metric": 1.0}
-    assert seen == [("test", False, False, False)]
-    assert model.training is training and torch.is_grad_enabled()
+    assert seen == [("test", False, False, False, True)]
+    assert model.training is training and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 @pytest.mark.parametrize("higher, best", [(True, 6), (False, 9)])
@@ -476,6 +478,81 @@ def test_a_checkpoint_holds_what_is_trained_and_no_base(tmp_path):
     content = files.load(tmp_path / "last.pt", "run")
     assert set(content["model"]) == {n for n, p in model.named_parameters() if p.requires_grad}
     assert {"step", "optimizer", "scaler", "random", "flags"} <= content.keys() and content["flags"] == {"x": 1}
+
+
+# ---- a batch in parts, compiled steps ----
+
+def some_targets(size, seed, step):
+    """The walk with few targets, unequally many a text: 1 of 8 in the first text, 2 in the second, and so on."""
+    x, y = walk(size, seed, step)
+    hidden = torch.arange(8) > torch.arange(size).unsqueeze(1)
+    return x, y.masked_fill(hidden, tasks.NO_LOSS)
+
+
+def no_targets_in_front(size, seed, step):
+    x, y = walk(size, seed, step)
+    return x, y.masked_fill(torch.arange(size).unsqueeze(1) < 2, tasks.NO_LOSS)
+
+
+def in_parts(parts, task, size=7, word=None):
+    """(the weights after three steps of a batch that goes through in parts, the sizes of the parts)"""
+    sizes = []
+
+    def loss(model, x, y):
+        sizes.append(len(x))
+        return task.loss(model, x, y)
+
+    model = tiny_gpt().double()
+    model = adapt(model, word) if word else model
+    s = settings(steps=3, batch_size=size, accumulate=parts, warmup=0, lr=1e-3, clip=0.5)
+    loop.train(model, replace(task, loss=loss), s, CPU)
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), sizes
+
+
+@pytest.mark.parametrize("batch", [walk, some_targets, no_targets_in_front])
+@pytest.mark.parametrize("parts, sizes", [(1, [7]), (2, [4, 3]), (3, [3, 3, 1]), (7, [1] * 7), (20, [1] * 7)])
+def test_a_batch_in_parts_makes_the_step_of_the_whole(batch, parts, sizes):
+    if batch is no_targets_in_front:   # a part without a target is left out
+        sizes = sizes[2:] if len(sizes) == 7 else sizes
+    whole, _ = in_parts(1, toy(batch=batch))
+    got, seen = in_parts(parts, toy(batch=batch))
+    assert seen == 3 * sizes
+    assert (got - whole).abs().max() <= 1e-10
+
+
+def test_the_share_of_each_part_matters_here():
+    """The test above would see parts that all count the same."""
+    def equal(model, x, y):   # as if every part had the same share: what train multiplies by is divided out
+        whole = some_targets(7, 0, 0)[1] != tasks.NO_LOSS
+        return token_loss(model, x, y) / ((y != tasks.NO_LOSS).sum() / whole.sum()) / 2
+
+    whole, _ = in_parts(1, toy(batch=some_targets))
+    got, _ = in_parts(2, toy(batch=some_targets, loss=equal))
+    assert (got - whole).abs().max() > 1e-6
+
+
+def test_an_adapter_trains_in_parts_too():
+    task = toy(batch=some_targets)
+    assert (in_parts(3, task, word="svft")[0] - in_parts(1, task, word="svft")[0]).abs().max() <= 1e-10
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_steps_train_to_the_same_weights(backend):
+    """By tracing alone, which takes seconds; the slow one also through the C++ compiler of this machine."""
+    if backend == "inductor" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        pytest.skip("there is no C++ compiler")
+    models = [adapt(tiny_gpt(), "lora", rank=2) for _ in range(2)]
+    compiled = loop.pick_machine("cpu", compile=True)
+    assert compiled.compile and compiled.reason.endswith(", compiled") and not CPU.compile
+    calls, real = [], torch.compile
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda model: calls.append(model) or real(model, backend=backend))
+        for model, machine in zip(models, (CPU, compiled)):
+            loop.train(model, toy(), settings(steps=4, eval_every=2), machine)
+    assert calls == [models[1]]
+    start = adapt(tiny_gpt(), "lora", rank=2)
+    for a, b, before in zip(*(m.parameters() for m in (*models, start)), strict=True):
+        assert torch.allclose(a, b, atol=1e-6) and (not a.requires_grad or not torch.equal(a, before))
 
 
 # ---- the machine ----
@@ -578,7 +655,8 @@ def test_killed_at_a_random_moment_it_goes_on_to_the_last_bit(tmp_path, what, nt
         script, main, argv, run = "train_gpt.py", train_gpt.main, PRETRAIN, "pretrain"
     else:
         torch.manual_seed(0)
-        loop.save_model(tmp_path / "base.pt", ViT(ViTConfig(24, 6, 1, 34, 1, 2, 16)), data="glyphs A", classes=["x"])
+        loop.save_model(tmp_path / "base.pt", ViT(ViTConfig(24, 6, 1, 34, 1, 2, 16)), data="glyphs A",
+                        mean=(0.5,), std=(0.5,), published=False)
         script, main, argv = "train_vit.py", train_vit.main, [*FINETUNE, "--init", str(tmp_path / "base.pt")]
         run = "runs/svft-seed0"
     assert main([*argv, "--out", str(tmp_path / "whole")]) == 0

@@ -3,11 +3,13 @@
 import math
 import sys
 import urllib.error
+from collections import OrderedDict
 from dataclasses import replace
 
 import pytest
 import torch
 import torchvision
+from torchvision.models.vision_transformer import interpolate_embeddings
 
 from svmini.gpt import GPT, GPTConfig, gpt2_names
 from svmini.transformer import Attention
@@ -249,6 +251,10 @@ def test_downloads(monkeypatch):
         said = str(error.value)
         assert "\n" not in said and "cannot download https://" in said and part in said and "no route to host" in said
         assert f"'{name}'" in said and torch.hub.get_dir() in said
+    fail(urllib.error.URLError("gone"))
+    kept = torchvision_urls()["vit_b_16"].rsplit("/", 1)[-1]
+    with pytest.raises(FileNotFoundError, match=f"checkpoints/{kept}$"):   # where torchvision itself keeps it
+        ViT.from_torchvision("vit_b_16")
     fail(EOFError("Ran out of input"))   # what was downloaded before has been cut
     with pytest.raises(ValueError, match="gpt2-pytorch_model.bin is damaged .* delete it"):
         GPT.from_gpt2("gpt2")
@@ -308,6 +314,48 @@ def test_new_head():
     for wrong in (0, -1, 2.0):
         with pytest.raises(ValueError, match="num_classes must be a whole number of at least 1"):
             new.new_head(wrong)
+
+
+@pytest.mark.parametrize("old, new", [(12, 16), (16, 12), (12, 32), (12, 4), (12, 12)])
+def test_new_size_is_torchvisions(old, new):
+    """Its interpolate_embeddings, on the way from their weights and back."""
+    state = theirs(image_size=old).state_dict()
+    copy = {k: v.clone() for k, v in state.items()}
+    expected = interpolate_embeddings(new, 4, OrderedDict(copy))
+    model = ViT.from_torchvision(state, n_head=3).eval()
+    assert model.new_size(new) is model and model.config == replace(SMALL_VIT, image_size=new, d_mlp=20)
+    got = model.to_torchvision()
+    assert got.keys() == expected.keys()
+    for k, v in got.items():
+        assert torch.equal(v, copy[k]) if k != "encoder.pos_embedding" else torch.allclose(v, expected[k], atol=1e-6)
+    assert same_tensors(dict(state), copy), "what was given is left alone"
+    assert model.position_embedding.is_leaf and model.position_embedding.requires_grad
+    with_it = theirs(seed=1, image_size=new)
+    with_it.load_state_dict(expected)
+    x = torch.randn(2, 3, new, new, generator=torch.Generator().manual_seed(2))
+    assert (model(x) - with_it(x)).abs().max() < 1e-5
+    if new != old:
+        with pytest.raises(ValueError, match=rf"this ViT takes \(B, 3, {new}, {new}\)"):
+            model(torch.zeros(2, 3, old, old))
+    again = ViT.from_torchvision(state, n_head=3, num_classes=7, image_size=new)
+    assert again.config == replace(model.config, num_classes=7)
+    assert torch.equal(again.position_embedding, model.position_embedding)
+
+
+def test_a_size_that_cannot_be_is_refused_and_changes_nothing():
+    config = replace(SMALL_VIT)
+    model = ViT(config)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match="image_size=14 is not divisible by patch_size=4: the patches must tile"):
+        model.new_size(14)
+    for wrong in (0, -4, 8.0, "8"):
+        with pytest.raises(ValueError, match="image_size must be a whole number of at least 1"):
+            model.new_size(wrong)
+    assert model.config == config and same_tensors(model.state_dict(), before)
+    with pytest.raises(ValueError, match="not divisible"):
+        ViT.from_torchvision(theirs().state_dict(), n_head=3, image_size=14)
+    model.new_size(8)
+    assert config.image_size == 12, "the caller's configuration is left alone"
 
 
 def test_torchvision_dict_that_does_not_fit():
@@ -397,9 +445,17 @@ def test_wrong_inputs_are_said():
     assert model(tokens(1, 10)).shape == (1, 10, 31)
     with pytest.raises(ValueError, match="11 tokens do not fit .* block_size=10"):
         model(tokens(1, 11))
+    for at in (torch.tensor([1]), torch.zeros(2, 1, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="at of shape .* one position for each of 2 rows"):
+            model(tokens(2, 4), at=at)
 
 
 # ---- generation ----
+
+def test_logits_at_one_position_of_each_row():
+    model, x, at = gpt(), tokens(4, 10), torch.tensor([9, 0, 4, 7])
+    expected = torch.stack([model(x)[i, t] for i, t in enumerate(at)])
+    assert expected.shape == (4, 31) and (model(x, at=at) - expected).abs().max() < 1e-12
 
 def seeded(seed):
     return torch.Generator().manual_seed(seed)

@@ -55,6 +55,7 @@ def test_one_seed_has_no_spread_and_says_so():
     assert "±" not in "".join(lines) and "paired" not in lines[0]
     assert report.notes(rows)[0].startswith("one seed")
     assert "seeds 0, 1, 2" in report.notes(THREE_SEEDS)[0] and "one seed" not in " ".join(report.notes(THREE_SEEDS))
+    assert "the draw where real pictures are drawn by class" in report.notes(THREE_SEEDS)[0]
 
 
 def test_a_start_row_does_not_count_as_a_seed():

@@ -18,7 +18,8 @@ import torch
 import train_gpt
 import train_vit
 from conftest import method_of_the_readme
-from svmini import GPT, METHODS, ViT, cli, compare, images, load_adapter, loop, tasks, text
+from fake_sets import build
+from svmini import GPT, METHODS, ViT, cli, compare, glyphs, images, load_adapter, loop, picture_sets, tasks, text
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ["--n-layer", "1", "--n-head", "2", "--d-model", "16", "--pretrain-steps", "4", "--device", "cpu"]
@@ -38,7 +39,7 @@ def little_data():
     """A few pictures of every class, the first pages of both texts, and forty problems."""
     with pytest.MonkeyPatch.context() as patch:
         for which in "AB":
-            patch.setitem(images.GLYPHS[which], "sizes", {"train": 4, "val": 2, "test": 3})
+            patch.setitem(glyphs.GLYPHS[which], "sizes", {"train": 4, "val": 2, "test": 3})
         library, topics = text.stdlib_source()[:40_000], text.reference_topics()[:30_000]
         patch.setattr(text, "stdlib_source", lambda: library)
         patch.setattr(text, "reference_topics", lambda: topics)
@@ -200,7 +201,7 @@ def test_merge_and_predict(story, tmp_path):
     model = base_of(name, out)
     if name == "glyphs":
         model.new_head(26)
-        inputs = images.glyphs("B").splits["test"][0][:30]
+        inputs = images.prepare(glyphs.glyphs("B").splits["test"][0][:30], 24, (0.5,), (0.5,))
     else:
         inputs = torch.arange(12)[None] % model.config.vocab_size
     with torch.no_grad():
@@ -263,7 +264,7 @@ def test_compare_with_seeds_and_tuning(story, tmp_path):
     assert [(r["method"], r["seed"]) for r in rows] == [(w, s) for s in (0, 1) for w in words]
     assert list(content["tuning"]) == words
     for word, found in content["tuning"].items():
-        rate = script.RATES.get(word) or script.RATES["arithmetic" if name == "arithmetic" else "text"][word]
+        rate = script.RATES["text" if name == "topics" else name][word]
         assert found["lr"] == pytest.approx([rate, 2 * rate])
         better = max if rows[0]["higher_is_better"] else min
         assert found["val"][found["lr"].index(found["best"])] == better(found["val"])
@@ -274,6 +275,26 @@ def test_compare_with_seeds_and_tuning(story, tmp_path):
     line = next(line for line in (tmp_path / "results.md").read_text(encoding="utf-8").splitlines() if line.startswith("| full"))
     assert f"{statistics.mean(full):.{digits}f} ± {statistics.stdev(full):.{digits}f}" in line
     assert (tmp_path / "tune.json").is_file() and len(list((tmp_path / "runs").iterdir())) == 2 * len(words)
+
+
+@pytest.mark.parametrize("data, base, size", [("mnist", "fashionmnist", (28, 7, 1)), ("cifar10", "cifar100", (32, 8, 3))])
+def test_real_pictures_from_their_files_to_a_prediction(data, base, size, tmp_path, monkeypatch):
+    """Pretrained on one set, adapted to the other; both lie in --data-dir."""
+    for name in (data, base):
+        build(name, tmp_path / "data", monkeypatch)
+    where = ["--data", data, "--data-dir", tmp_path / "data", "--out", tmp_path / "out", "--device", "cpu"]
+    call(train_vit, "compare", "--methods", "head", "svft", *where, "--per-class", 5, *STEPS, *MODEL[:-2])
+    kept = tmp_path / "out" / "pretrain" / "model.pt"
+    model, about = loop.load_model(kept, ViT)
+    assert (model.config.image_size, model.config.patch_size, model.config.in_channels) == size
+    mean, std = picture_sets.REAL[base][1]
+    assert (about["data"], about["mean"], about["std"], about["published"]) == (base, mean, std, False)
+    row = next(r for r in read(tmp_path / "out")["rows"] if r["method"] == "svft")
+    assert row["head"] == 10 * 17 and (tmp_path / "out" / "pictures.png").is_file()
+    assert f"{base}: accuracy" in call(train_vit, "predict", *where, "--init", kept)
+    adapter = tmp_path / "out" / "runs" / "svft-seed0" / "adapter.pt"
+    said = call(train_vit, "predict", *where, "--init", kept, "--adapter", adapter)
+    assert f"{data}: accuracy {row['metric']:.1f} on 30 test pictures" in said
 
 
 def test_lr_and_targets_reach_the_runs(tmp_path):

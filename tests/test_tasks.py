@@ -1,10 +1,12 @@
-"""Arithmetic: the problems are right, held-out ones are never trained on, and marking tells right from wrong."""
+"""Arithmetic: the problems are right, held-out ones are never trained on, marking tells right from wrong; and greedy
+answers, many at a time, are those that a model gives one by one."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from svmini.tasks import Arithmetic, exact_match, show, split_of
+from svmini import GPT, GPTConfig, tasks
+from svmini.tasks import Arithmetic, exact_match, greedy, show, split_of
 
 
 def solve(prompts, operation):
@@ -18,18 +20,20 @@ def solve(prompts, operation):
     return torch.stack(rows)
 
 
-class Stub:
+class Stub(torch.nn.Linear):
     """Stands in for a GPT: knows the operation, but gets every problem with a = an even number wrong."""
+    config = GPTConfig(vocab_size=13, block_size=12, n_layer=1, n_head=1, d_model=1)
+
     def __init__(self, operation):
+        super().__init__(1, 1)   # greedy asks its parameters for their device
         self.operation, self.calls = operation, 0
 
-    def generate(self, tokens, max_new_tokens, temperature):
-        assert temperature == 0 and max_new_tokens == 4
+    def forward(self, tokens, at):
         self.calls += 1
-        answers = solve(tokens, self.operation)
+        answers = solve(tokens[:, :8], self.operation)
         even = tokens[:, 2] % 2 == 0
         answers[even, 3] = (answers[even, 3] + 1) % 10
-        return torch.cat([tokens, answers], dim=1)
+        return F.one_hot(answers[torch.arange(len(at)), at - 7], 13).float()
 
 
 def numbers(tokens):
@@ -102,7 +106,8 @@ def test_exact_match_counts_whole_answers():
     model = Stub("-")
     percent, predictions = exact_match(model, prompts, answers, batch_size=50)
     odd = prompts[:, 2] % 2 == 1
-    assert model.calls == 3 and predictions.shape == (130, 4)
+    predictions = torch.stack(predictions)
+    assert model.calls == 3 * 4 and predictions.shape == (130, 4)
     assert percent == pytest.approx(100 * odd.sum().item() / 130) and 0 < percent < 100
     assert torch.equal((predictions == answers).all(1), odd)
 
@@ -123,3 +128,75 @@ def test_errors_are_sentences():
     for n in (0, 10**6):
         with pytest.raises(ValueError, match="n must be 1 to"):
             Arithmetic("-").problems("val", n)
+
+
+# ---- greedy answers to prompts of any length ----
+
+def tiny(block_size):
+    """A random GPT whose every parameter counts."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(31, block_size, n_layer=2, n_head=2, d_model=16)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p))
+    return model
+
+
+def prompts_of(*lengths):
+    g = torch.Generator().manual_seed(0)
+    return [torch.randint(31, (n,), generator=g) for n in lengths]
+
+
+def test_greedy_is_generate_row_by_row():
+    model = tiny(block_size=40)
+    prompts = prompts_of(5, 30, 1, 17, 5, 12, 28, 2, 9)
+    expected = [model.generate(p[None], 10, temperature=0)[0, len(p):] for p in prompts]
+    assert len(torch.cat(expected).unique()) > 8, "a model that always says the same shows nothing"
+    for batch_size in (1, 2, 4, 100):
+        got = greedy(model, prompts, 10, batch_size=batch_size)
+        assert all(map(torch.equal, got, expected)) and len(got) == 9
+    end = int(expected[0][4])
+    stops = [(e.tolist() + [end]).index(end) + 1 for e in expected]           # 11: it is never said
+    assert len(set(stops)) > 4 and 11 in stops and 1 in stops
+    for answer, whole, stop in zip(greedy(model, prompts, 10, end=end, batch_size=4), expected, stops):
+        assert torch.equal(answer, whole[:stop])
+
+
+def test_greedy_in_a_full_context():
+    model = tiny(block_size=12)
+    prompts = prompts_of(12, 13, 10, 3)
+    got = greedy(model, prompts, 6)
+    assert [len(answer) for answer in got] == [1, 0, 3, 6]
+    for prompt, answer in zip(prompts, got):
+        room = model.generate(prompt[None, :12], len(answer), temperature=0)[0]
+        assert torch.equal(room[len(room) - len(answer):], answer)
+
+
+def test_padding_is_never_seen(monkeypatch):
+    model, prompts = tiny(block_size=40), prompts_of(5, 30, 1, 17)
+    expected = greedy(model, prompts, 8)
+    padded = []
+
+    def other_padding(rows, batch_first):
+        padded.append(sum(len(row) < max(map(len, rows)) for row in rows))
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=batch_first, padding_value=9)
+
+    monkeypatch.setattr(tasks, "pad_sequence", other_padding)
+    assert all(map(torch.equal, greedy(model, prompts, 8), expected)) and padded == 8 * [3]
+
+
+def test_greedy_takes_no_step_too_many_and_leaves_the_mode():
+    model, sizes = tiny(block_size=40), []
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append((module.training, *inputs[0].shape)))
+    prompts = prompts_of(4, 4)
+    both = greedy(model.train(), prompts, 3)
+    assert model.training and sizes == [(False, 2, 4), (False, 2, 5), (False, 2, 6)]
+    end = int(both[0][0])
+    assert int(both[1][0]) != end
+    sizes.clear()
+    greedy(model.eval(), prompts, 2, end=end)
+    assert not model.training and sizes == [(False, 2, 4), (False, 1, 5)]     # a row that has ended costs nothing
+    sizes.clear()
+    with pytest.raises(IndexError):
+        greedy(model.train(), [torch.tensor([31])], 2)                        # no such token
+    assert model.training
