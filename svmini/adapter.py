@@ -59,6 +59,16 @@ class Adapter(nn.Module):
         """Raise ValueError that says why these options do not fit this shape."""
 
 
+def add_update(x, W, bias, h, B):
+    """x Wᵀ + b + h Bᵀ, the sum made in place: x (..., d_in), W (d_out, d_in), h (..., r), B (d_out, r) -> (..., d_out).
+
+    Beside a product with a thin B, a further tensor of T x d_out is what costs time on a CPU, and memory everywhere.
+    """
+    y = F.linear(x.reshape(-1, x.shape[-1]), W, bias)                       # (T, d_out)
+    y.addmm_(h.reshape(-1, h.shape[-1]).to(y.dtype), B.t().to(y.dtype))     # autocast leaves what is in place alone
+    return y.view(*x.shape[:-1], -1)
+
+
 def whole(name, value, low, high=None):
     """Raise ValueError unless value is a whole number in [low, high]."""
     fits = isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)

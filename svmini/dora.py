@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .adapter import Adapter
+from .adapter import Adapter, add_update
 from .lora import LoRA
 
 
@@ -42,7 +42,7 @@ class DoRA(Adapter):
         return self.ratio()[:, None] * (self.W0 + self.scale * self.B @ self.A)     # (d_out, d_in)
 
     def forward(self, x):
-        y = F.linear(x, self.W0) + F.linear(F.linear(x, self.A), self.scale * self.B)
+        y = add_update(x, self.W0, None, F.linear(x, self.A), self.scale * self.B)   # V x
         return y * self.ratio() if self.bias is None else torch.addcmul(self.bias, y, self.ratio())
 
     @staticmethod

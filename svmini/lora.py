@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .adapter import Adapter, is_number, whole
+from .adapter import Adapter, add_update, is_number, whole
 from .svd import thin_svd
 
 
@@ -39,7 +39,7 @@ class LoRA(Adapter):
         return self.W + self.scale * self.B @ self.A            # (d_out, d_in)
 
     def forward(self, x):
-        return F.linear(x, self.W, self.bias) + F.linear(F.linear(x, self.A), self.scale * self.B)
+        return add_update(x, self.W, self.bias, F.linear(x, self.A), self.scale * self.B)
 
     @staticmethod
     def count(d_out, d_in, *, rank=8, alpha=None, init="kaiming"):

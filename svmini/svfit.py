@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .adapter import Adapter, is_number, whole
+from .adapter import Adapter, add_update, is_number, whole
 from .svd import apply_factors, thin_svd
 
 
@@ -44,7 +44,7 @@ class SVFit(Adapter):
     def forward(self, x):
         if self.W0 is None:
             return apply_factors(x, self.U, self.s, self.Vt, self.bias)
-        return F.linear(x, self.W0, self.bias) + F.linear(F.linear(x, self.Vt) * (self.s - self.S), self.U)
+        return add_update(x, self.W0, self.bias, F.linear(x, self.Vt) * (self.s - self.S), self.U)
 
     def learned(self):
         return self.S, self.s.abs().sort(descending=True).values, self.s - self.S

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .adapter import Adapter, is_number, whole
+from .adapter import Adapter, add_update, is_number, whole
 
 
 class VeRA(Adapter):
@@ -36,8 +36,7 @@ class VeRA(Adapter):
         return self.W0 + (self.b[:, None] * self.B * self.d) @ self.A               # (d_out, d_in)
 
     def forward(self, x):
-        update = F.linear(F.linear(x, self.A) * self.d, self.B)                     # (..., d_out)
-        return torch.addcmul(F.linear(x, self.W0, self.bias), update, self.b)
+        return add_update(x, self.W0, self.bias, F.linear(x, self.A), self.b[:, None] * self.B * self.d)
 
     @staticmethod
     def count(d_out, d_in, *, rank=256, seed=0, d_init=0.1):
