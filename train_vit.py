@@ -27,6 +27,15 @@ RATES = {   # learning rates
         "head": 8e-2, "full": 1e-3, "svfit": 6e-2, "svft:pattern=plain": 6e-2, "svft:off_diagonals=2": 2.5e-2,
         "svft:off_diagonals=8": 1e-2, "lora:rank=1": 2e-2, "lora:rank=2": 1e-2, "lora:rank=8": 5e-3,
         "dora:rank=8": 5e-3, "vera:rank=256": 5e-2},
+    # likewise with --data mnist or fashionmnist, on 100 validation pictures (--per-class 50)
+    "mnist": {
+        "head": 8e-2, "full": 1e-3, "svfit": 1.2e-1, "svft:pattern=plain": 2.4e-1, "svft:off_diagonals=2": 1.25e-2,
+        "svft:off_diagonals=8": 1e-2, "lora:rank=1": 2e-2, "lora:rank=2": 1e-2, "lora:rank=8": 1e-2,
+        "dora:rank=8": 5e-3, "vera:rank=256": 2.5e-2},
+    "fashionmnist": {
+        "head": 4e-2, "full": 2e-3, "svfit": 6e-2, "svft:pattern=plain": 6e-2, "svft:off_diagonals=2": 5e-2,
+        "svft:off_diagonals=8": 5e-3, "lora:rank=1": 1e-2, "lora:rank=2": 1.25e-3, "lora:rank=8": 2.5e-3,
+        "dora:rank=8": 1e-2, "vera:rank=256": 5e-2},
     # for published weights: those of the SVFT authors' scripts for ViT-B/16 on CIFAR-100; svfit's is svft plain's
     "published": {
         "head": 4e-3, "full": 4e-5, "svfit": 5e-2, "svft:pattern=plain": 5e-2, "svft:off_diagonals=2": 5e-2,
