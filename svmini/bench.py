@@ -106,16 +106,18 @@ def units(word, d_out, d_in, T, inference=False):
     # an order is a list of products (size, gradients): each of the two factors that needs a gradient costs a product
     # of the same size in the backward pass
     ways, frozen, fold = [], [(1, 1)], (a * D / T, 1)               # fold: Σ + M times the smaller of U and V
-    if method == "svfit" and r not in (None, D) or method == "vera":
-        ways = [frozen + thin(r, 1)]                                # W0 x + U_r ((s − σ) ⊙ V_rᵀ x), Λ_b B Λ_d A x
+    if method == "svfit" and r not in (None, D):
+        ways = [frozen + thin(r, 1)]                                # W0 x + U_r ((s − σ) ⊙ V_rᵀ x)
+    elif method == "vera":
+        ways = [frozen + [(r / d_out, 1), (r / d_in, 2)]]           # W0 x + (Λ_b B Λ_d) A x, A frozen
     elif method == "svfit" and o["energy"] is None or method == "svft" and o["pattern"] == "plain":
         ways = [[(D / T, 1), (1, 2)], thin(D, 1)]                   # (U diag(s) Vᵀ) x, or U (s ⊙ Vᵀ x)
     elif method == "svft":                                          # built, folded, or one by one
         ways = [[fold, (D / T, 1), (1, 2)], [fold, (a, 2), (1, 1)], [*thin(D, 1), (a, 2)]]
     elif method in ("lora", "dora"):                                # W0 x + B A x; DoRA's norm takes B A whole
         ways = [frozen + thin(r, 2) + ([(r / T, 0 if o["detach_norm"] else 2)] if method == "dora" else [])]
-    elif method == "boft":                                          # W0 (R x); every factor b numbers a coordinate
-        ways = [frozen + [(o["factors"] * o["block_size"] / d_out, 2)]]
+    elif method == "boft":                                          # W0 (R x), R in blocks of b 2^(m−1)
+        ways = [frozen + [(o["block_size"] * 2 ** (o["factors"] - 1) / d_out, 2)]]
     return min((sum(n * (1 if inference else 1 + g) for n, g in way) for way in ways), default=None)
 
 

@@ -102,7 +102,7 @@ UNITS = [
     ("svft:pattern=plain", 400, 100, 400, 2.5), ("svft:pattern=plain", 100, 400, 50, 2.5),
     ("svft:off_diagonals=2", 400, 100, 400, 2.875), ("svft:off_diagonals=2", 100, 400, 50, 3.25),
     # 2 (1 + a) r/D more for frozen factors, 3 (1 + a) r/D for trained ones
-    ("svfit:rank=20", 100, 100, 400, 2.8), ("svfit:rank=20", 400, 100, 400, 2.5), ("vera:rank=20", 100, 400, 400, 2.5),
+    ("svfit:rank=20", 100, 100, 400, 2.8), ("svfit:rank=20", 400, 100, 400, 2.5), ("vera:rank=20", 100, 400, 400, 2.55),
     ("lora:rank=10", 100, 100, 400, 2.6), ("lora:rank=10", 100, 400, 400, 2.375),
     # r/T for the product B A in the norm, thrice where the gradient goes through it
     ("dora:rank=10", 100, 100, 400, 2.625), ("dora:rank=10,detach_norm=False", 100, 100, 400, 2.675),
