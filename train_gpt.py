@@ -55,13 +55,17 @@ def flags_of(argv):
     p.add_argument("--top-k", type=cli.number(1), default=None, help="generate: draw from the k likeliest tokens")
     p.add_argument("--context", type=cli.number(2), default=CONTEXT, help="tokens of text at a time (128)")
     p.add_argument("--n-layer", type=cli.number(1), default=None, help="of the model that is pretrained (4; 3)")
-    p.add_argument("--n-head", type=cli.number(1), default=4, help="of the model that is pretrained")
+    p.add_argument("--n-head", type=cli.number(1), default=None,
+                   help="of the model that is pretrained (4), or of weights with heads of another width than 64")
     p.add_argument("--d-model", type=cli.number(1), default=128, help="of the model that is pretrained")
     flags = p.parse_args(argv)
     cli.check_flags(p, flags, COMMANDS, DATA)
     pairs = flags.data == "gsm8k" or flags.data.startswith("qa:")
     if flags.context != CONTEXT and flags.data == "arithmetic":
         raise ValueError("--context belongs to text; a problem of arithmetic has 12 tokens")
+    if flags.context != CONTEXT and pairs and flags.init is not None:
+        raise ValueError("--context speaks of text, or of a model that is pretrained here; pairs have the context of "
+                         "the model that --init brings")
     flags.kind = "arithmetic" if flags.data == "arithmetic" else "pairs" if pairs else "text"
     return flags
 
@@ -104,23 +108,19 @@ def answer_task(name, data, sizes):
 
 def base_of(flags):
     """The model of --init. Returns (model, about)."""
-    model, about = loop.load_base(flags.init, GPT, gpt.GPT2_URLS, GPT.from_gpt2)
+    model, about = loop.load_base(flags.init, GPT, gpt.GPT2_URLS, GPT.from_gpt2, flags.n_head)
     if about["published"]:
         about["tokenizer"] = "gpt2"
         if model.config.vocab_size != text.GPT2_VOCAB:
             raise ValueError(f"{flags.init} knows {model.config.vocab_size:,} tokens, and GPT-2's tokenizer "
                              f"{text.GPT2_VOCAB:,}: give weights that were trained with it")
+    if not {"data", "tokenizer"} <= about.keys():
+        raise ValueError(f"{flags.init} does not say what it was trained on, with which tokenizer: pretrain it again")
     return model, about
 
 
 def pretrained(flags, out, machine):
-    """The base model: from --init, from an earlier run in out, or pretrained now. Returns (model, about)."""
-    if flags.init is not None:
-        model, about = base_of(flags)
-        if (about["tokenizer"] == "arithmetic") != (flags.kind == "arithmetic"):
-            raise ValueError(f"{flags.init} speaks {'text' if flags.kind == 'arithmetic' else 'arithmetic'}, "
-                             f"which does not go with --data {flags.data}")
-        return model, about
+    """The base model of an earlier run in out, or one that is pretrained now. Returns (model, about)."""
     if flags.kind == "arithmetic":
         about = {"data": "arithmetic +", "tokenizer": "arithmetic", "published": False}
         task = answer_task("arithmetic +", tasks.Arithmetic("+"), MARKED["arithmetic"])
@@ -134,7 +134,7 @@ def pretrained(flags, out, machine):
         task, vocab_size = text_task(corpus, flags.context, machine.device), len(ranks)
         block_size = flags.context
     kind = "arithmetic" if flags.kind == "arithmetic" else "text"
-    config = GPTConfig(vocab_size, block_size, flags.n_layer or LAYERS[kind], flags.n_head, flags.d_model)
+    config = GPTConfig(vocab_size, block_size, flags.n_layer or LAYERS[kind], flags.n_head or 4, flags.d_model)
     settings = cli.pretrain_settings(flags, PRETRAIN[kind])
     torch.manual_seed(flags.seed)
     model = GPT(config)
@@ -150,7 +150,12 @@ def make_setup(flags, out, machine):
         text.split_text(source)
     elif flags.kind == "pairs":
         splits = tasks.split_pairs(flags.data, flags.data_dir, flags.seed)
-    base, about = pretrained(flags, out, machine)
+    base, about = base_of(flags) if flags.init is not None else pretrained(flags, out, machine)
+    if (about["tokenizer"] == "arithmetic") != (flags.kind == "arithmetic"):
+        raise ValueError(f"{flags.init} speaks {'text' if flags.kind == 'arithmetic' else 'arithmetic'}, "
+                         f"which does not go with --data {flags.data}")
+    if flags.context != CONTEXT and flags.context > base.config.block_size:
+        raise ValueError(f"--context {flags.context} is longer than the model's, {base.config.block_size} tokens")
     if flags.kind == "text":
         tokenizer = tokenizer_of(about)
         corpus = text.make_corpus(flags.data, source, tokenizer)
@@ -168,6 +173,7 @@ def make_setup(flags, out, machine):
         else:
             data = tasks.Pairs(splits, tokenizer_of(about), base.config.block_size)
             name, sha = flags.data, data.sha256
+            print(f"{name}: " + ", ".join(f"{len(pairs)} pairs to {split}" for split, pairs in splits.items()))
             if data.left_out:
                 print(f"{data.left_out} of {len(splits['train'])} training pairs do not fit into the model's context "
                       f"of {base.config.block_size} tokens and are left out")
@@ -180,7 +186,7 @@ def make_setup(flags, out, machine):
             return [data.show(*each) for each in zip(prompts, answers, guesses)]
     settings = cli.finetune_settings(flags, FINETUNE[flags.kind])
     rates = RATES["published"] if about["published"] else RATES["arithmetic" if flags.kind == "arithmetic" else "text"]
-    run = {"data": flags.data, "sha256": sha} | ({} if flags.kind == "arithmetic" else {"context": flags.context})
+    run = {"data": flags.data, "sha256": sha} | ({"context": context} if flags.kind == "text" else {})
     return compare.Setup(base, lambda seed: task, settings, machine, out, flags.targets, rates, sample,
                          about={k: about[k] for k in ("data", "tokenizer", "published")},
                          run=run, resume=flags.resume, lr=flags.lr)
@@ -211,21 +217,24 @@ def model_of(flags):
 
 
 def generate(flags, machine):
-    """Continue --prompt and print the whole."""
+    """Continue --prompt and print the whole, as far as the token that ends an answer."""
     if not flags.prompt:
         raise ValueError("generate needs --prompt TEXT with at least one character")
     model, about = model_of(flags)
     model.to(machine.device)
     generator = torch.Generator(machine.device).manual_seed(flags.seed)
     if about["tokenizer"] == "arithmetic":
-        tokens = tasks.encode(flags.prompt)[None].to(machine.device)
-        length = min(flags.length, tasks.ANSWER)
+        prompt, length, end, decode = tasks.encode(flags.prompt), min(flags.length, tasks.ANSWER), None, tasks.decode
     else:
-        tokens = torch.tensor([tokenizer_of(about).encode_ordinary(flags.prompt)], device=machine.device)
-        length = flags.length
+        tokenizer, length = tokenizer_of(about), flags.length
+        prompt, end = torch.tensor(tokenizer.encode_ordinary(flags.prompt)), tasks.end_token(tokenizer)
+        decode = lambda tokens: tokenizer.decode(tokens.tolist())
     print(machine.reason, file=sys.stderr)
-    tokens = model.generate(tokens, length, flags.temperature, flags.top_k, generator)[0].cpu()
-    print(tasks.decode(tokens) if about["tokenizer"] == "arithmetic" else tokenizer_of(about).decode(tokens.tolist()))
+    tokens = prompt[None].to(machine.device)
+    new = model.generate(tokens, length, flags.temperature, flags.top_k, generator)[0, len(prompt):].cpu()
+    if end in new.tolist():
+        new = new[:new.tolist().index(end)]
+    print(decode(torch.cat([prompt, new])))
 
 
 def main(argv=None):

@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from svmini import ViT, ViTConfig, cli, compare, files, glyphs, images, load_adapter, loop, picture_sets, vit
+from svmini import ViT, ViTConfig, cli, compare, files, glyphs, images, load_adapter, loop, picture_sets, rng, vit
 
 COMMANDS = ("pretrain", "finetune", "compare", "predict", "merge")
 DATA = {   # what --data names, to adapt to: the set to pretrain on where no --init brings a model
@@ -53,7 +53,8 @@ def flags_of(argv):
     p.add_argument("--no-shake", action="store_true", help="fine-tuning: no mirroring and shifting of natural pictures")
     p.add_argument("--image-size", type=cli.number(1), default=None, help="side of the pictures for --init's model")
     p.add_argument("--n-layer", type=cli.number(1), default=4, help="of the model that is pretrained")
-    p.add_argument("--n-head", type=cli.number(1), default=4, help="of the model that is pretrained")
+    p.add_argument("--n-head", type=cli.number(1), default=None,
+                   help="of the model that is pretrained (4), or of weights with heads of another width than 64")
     p.add_argument("--d-model", type=cli.number(1), default=128, help="of the model that is pretrained")
     flags = p.parse_args(argv)
     cli.check_flags(p, flags, COMMANDS, list(DATA))
@@ -114,7 +115,7 @@ def picture_task(pictures, about, size, device, shake=False):
 
 def base_of(flags):
     """The model of --init, at --image-size. Returns (model, about)."""
-    model, about = loop.load_base(flags.init, ViT, vit.torchvision_urls(), ViT.from_torchvision)
+    model, about = loop.load_base(flags.init, ViT, vit.torchvision_urls(), ViT.from_torchvision, flags.n_head)
     if about["published"]:
         about |= {"mean": images.IMAGENET[0], "std": images.IMAGENET[1]}
     if not {"data", "mean", "std"} <= about.keys():
@@ -131,7 +132,7 @@ def pretrained(flags, out, machine):
     size, patch = SIZE[which]
     pictures = open_data(flags, which, size, out)(flags.seed, None)
     config = ViTConfig(size, patch, len(pictures.mean), len(pictures.classes),
-                       flags.n_layer, flags.n_head, flags.d_model)
+                       flags.n_layer, flags.n_head or 4, flags.d_model)
     settings = cli.pretrain_settings(flags, PRETRAIN)
     about = {"data": pictures.name, "classes": pictures.classes, "mean": pictures.mean, "std": pictures.std,
              "published": False}
@@ -158,10 +159,8 @@ def make_setup(flags, out, machine):
         drawn = pictures if seed == flags.seed else draw(seed, per_class)
         return picture_task(drawn, about, size, machine.device, shake=not flags.no_shake)
 
-    @torch.no_grad()
-    def sample(model):   # what the model takes the first test pictures for
-        x = images.prepare(pictures.splits["test"][0][:24].to(machine.device), size, about["mean"], about["std"])
-        return model.eval()(x).argmax(dim=1).tolist()
+    def sample(model):
+        return guesses(model, shown(pictures)[0], about, machine.device)
 
     settings = cli.finetune_settings(flags, FINETUNE)
     settings = replace(settings, head_lr=flags.head_lr or settings.head_lr)
@@ -178,6 +177,20 @@ def about_adapted(about, flags):
     return {k: about[k] for k in ("mean", "std", "published")} | {"data": target(flags)}
 
 
+def shown(pictures):
+    """24 test pictures for a reader, the same every time: images (24, C, H, W), labels (24,)."""
+    x, y = pictures.splits["test"]
+    some = torch.randperm(len(y), generator=rng.generator("shown"))[:24]
+    return x[some], y[some]
+
+
+@torch.no_grad()
+def guesses(model, x, about, device):
+    """What the model takes pictures x (N, C, H, W) for: N class indices."""
+    x = images.prepare(x.to(device), model.config.image_size, about["mean"], about["std"])
+    return model.eval()(x).argmax(dim=1).tolist()
+
+
 def save_picture(out, pictures, rows):
     """out/pictures.png: test pictures, taken for what by a head alone and by the best adapter of the first seed."""
     first = [r for r in rows if r["seed"] == rows[0]["seed"] and r["metric"] is not None]
@@ -185,8 +198,8 @@ def save_picture(out, pictures, rows):
     best = max((r for r in first if r["method"] not in ("head", "full")), key=lambda r: r["metric"], default=None)
     if best is None:
         return
-    x, y = pictures.splits["test"]
-    images.save_grid(out / "pictures.png", x[:24], y[:24].tolist(), head and head["sample"], best["sample"],
+    x, y = shown(pictures)
+    images.save_grid(out / "pictures.png", x, y.tolist(), head and head["sample"], best["sample"],
                      pictures.classes)
     before = "before (head alone) and " if head else ""
     print(f"{out / 'pictures.png'}: test pictures {before}after ({best['method']})")
@@ -202,26 +215,27 @@ def predict(flags, out, machine):
     task = picture_task(pictures, about, size, machine.device)
     with machine.autocast():
         scores = loop.evaluate(model, task, "test")
-    x, y = pictures.splits["test"]
-    with torch.no_grad():
-        shown = images.prepare(x[:24].to(machine.device), size, about["mean"], about["std"])
-        guesses = model.eval()(shown).argmax(dim=1).tolist()
-    images.save_grid(out / "predictions.png", x[:24], y[:24].tolist(), None, guesses, pictures.classes)
-    print(f"{pictures.name}: accuracy {scores['metric']:.1f} on {len(y)} test pictures; {out / 'predictions.png'}")
+    x, y = shown(pictures)
+    images.save_grid(out / "predictions.png", x, y.tolist(), None, guesses(model, x, about, machine.device),
+                     pictures.classes)
+    print(f"{pictures.name}: accuracy {scores['metric']:.1f} on {len(pictures.splits['test'][1])} test pictures; "
+          f"{out / 'predictions.png'}")
 
 
 def model_of(flags):
     """The model of --init, with --adapter on it where that is given. Returns (model, about)."""
     model, about = base_of(flags)
     known = (target(flags), DATA[flags.data]) if flags.data in DATA else (target(flags),)
+    source = flags.init
     if flags.adapter is not None:
-        head = files.load(flags.adapter, "adapter")["head"]
+        content, source = files.load(flags.adapter, "adapter"), flags.adapter
+        head = content["head"]
         if head is not None and len(head["bias"]) != model.config.num_classes:
             model.new_head(len(head["bias"]))
         load_adapter(model, flags.adapter)
-        about = about_adapted(about, flags)
-    elif about["data"] not in known:
-        raise ValueError(f"{flags.init} was trained on {about['data']}, which does not go with --data {flags.data}")
+        about = about_adapted(about, flags) | content.get("about", {})
+    if about["data"] not in known:
+        raise ValueError(f"{source} was trained on {about['data']}, which does not go with --data {flags.data}")
     return model, about
 
 

@@ -190,8 +190,8 @@ def adapt(model, method, targets=TARGETS, **options):
     model: any nn.Module that holds nn.Linears.  method: a word of METHODS, or "full" (train everything) or "head".
     targets: last parts of layer names.  options: those of the method.
     An nn.Linear of its own at model.head (ViT's) stays trainable; a tied one (GPT's) and any other is frozen.
-    Every layer is checked before one is
-    changed. Raises ValueError or TypeError that names the layer and says what would work; the model is then as it was.
+    Every layer is checked before one is changed. Raises ValueError or TypeError that names the layer and says what
+    would work; the model is then as it was.
     """
     check_options(method, options)
     _refuse_adapted(model)
@@ -259,8 +259,9 @@ def probe(weight):
     return weight.detach().cpu().double() @ z
 
 
-def save_adapter(model, path):
-    """Write what was trained to one small file, whole or not at all.
+def save_adapter(model, path, about=None):
+    """Write what was trained to one small file, whole or not at all. about: plain values for who reads it again,
+    such as the data's name.
 
     It holds the method, its options, the targets, the base's fingerprint, and for each adapted layer the options as
     resolved there, the trained numbers (with the positions of svft's random and topk) and W z; a ViT's head too.
@@ -274,7 +275,7 @@ def save_adapter(model, path):
                      "probe": probe(a.weight())} for name, a in adapters(model).items()}
     head = head_of(model)
     files.save(path, "adapter", model.adaptation | {
-        "layers": layers, "head": None if head is None else {k: v.cpu() for k, v in head.state_dict().items()}})
+        "about": about or {}, "layers": layers, "head": None if head is None else {k: v.cpu() for k, v in head.state_dict().items()}})
 
 
 def load_adapter(model, path):
@@ -283,13 +284,14 @@ def load_adapter(model, path):
     Raises FileNotFoundError, or ValueError where the file is damaged, of another kind or format, made for another
     base, or where an adapted matrix does not come out as it was (W z within 1e-4). The model is then as it was.
     """
-    content = files.load(path, "adapter")
+    content = {"about": {}} | files.load(path, "adapter")
     _refuse_adapted(model)
-    _same_keys(path, content, ("kind", "format", "method", "options", "targets", "base", "layers", "head"))
+    _same_keys(path, content, ("kind", "format", "method", "options", "targets", "base", "about", "layers", "head"))
     method, head = content["method"], head_of(model)
     check_options(method, content["options"])
     if content["base"] != fingerprint(model):
-        raise ValueError(f"{path} was trained on another base model: load the checkpoint or weights it started from")
+        raise ValueError(f"{path} was trained on another base model: load the checkpoint or weights it started from, "
+                         "a ViT at the same image size")
     theirs, ours = _shapes(content["head"]), _shapes(None if head is None else head.state_dict())
     if theirs != ours:
         raise ValueError(f"{path} holds {theirs}, the model has {ours}")

@@ -100,17 +100,15 @@ def units(word, d_out, d_in, T, inference=False):
     o, D = options_of(method) | options, min(d_out, d_in)
     r, a = o.get("rank"), D / max(d_out, d_in)
 
-    def thin(r, gradients):   # (r, d_in) x, then (d_out, r) times that
-        return [(r / d_out, gradients), (r / d_in, gradients)]
+    def thin(k, gradients):   # (k, d_in) x, then (d_out, k) times that
+        return [(k / d_out, gradients), (k / d_in, gradients)]
 
     # an order is a list of products (size, gradients): each of the two factors that needs a gradient costs a product
     # of the same size in the backward pass
     ways, frozen, fold = [], [(1, 1)], (a * D / T, 1)               # fold: Σ + M times the smaller of U and V
-    if method == "svfit" and r not in (None, D):
-        ways = [frozen + thin(r, 1)]                                # W0 x + U_r ((s − σ) ⊙ V_rᵀ x)
-    elif method == "vera":
-        ways = [frozen + [(r / d_out, 1), (r / d_in, 2)]]           # W0 x + (Λ_b B Λ_d) A x, A frozen
-    elif method == "svfit" and o["energy"] is None or method == "svft" and o["pattern"] == "plain":
+    if (method == "svfit" and r not in (None, D)) or method == "vera":
+        ways = [frozen + thin(r, 1)]                                # W0 x + U_r ((s − σ) ⊙ V_rᵀ x), Λ_b B Λ_d A x
+    elif (method == "svfit" and o["energy"] is None) or (method == "svft" and o["pattern"] == "plain"):
         ways = [[(D / T, 1), (1, 2)], thin(D, 1)]                   # (U diag(s) Vᵀ) x, or U (s ⊙ Vᵀ x)
     elif method == "svft":                                          # built, folded, or one by one
         ways = [[fold, (D / T, 1), (1, 2)], [fold, (a, 2), (1, 1)], [*thin(D, 1), (a, 2)]]
@@ -189,7 +187,7 @@ def memory(model, bench):
         return 1024 * int(Path("/proc/self/status").read_text().partition(key + ":")[2].split()[0])
 
     make_step(model, bench)()   # loads code, which would count as memory of the first step
-    svd._known.clear()
+    svd.forget()
     gc.collect()
     cuda = bench.machine.device.type == "cuda"
     try:   # the peak starts anew
@@ -225,8 +223,7 @@ def table_lines(rows, references, unit):
 
 
 def command(argv):
-    wide = lambda prog: argparse.HelpFormatter(prog, max_help_position=44, width=130)   # a flag on a line
-    p = Parser("-m svmini.bench", description="What a training step of each method costs.", formatter_class=wide)
+    p = Parser("-m svmini.bench", description="What a training step of each method costs.")
     a = p.add_argument
     a("--model", default="tiny", choices=tuple(MODELS), help="whose blocks, with random weights")
     a("--layers", type=number(1), metavar="N", help="blocks (default: as many as the model has)")
@@ -236,7 +233,7 @@ def command(argv):
     a("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of autocast")
     a("--methods", nargs="+", default=WORDS, metavar="M", help="words beside frozen and full (default: every method)")
     a("--targets", default=",".join(TARGETS), metavar="A,B", help="layers to adapt, where a word names none")
-    a("--rounds", type=number(2), default=5, metavar="N", help="every row once a round")
+    a("--rounds", type=number(3), default=5, metavar="N", help="every row once a round")
     a("--steps", type=number(1), default=2, metavar="N", help="steps of a row in a round")
     a("--inference", action="store_true", help="the forward pass alone, also of a merged model")
     a("--no-memory", action="store_true", help="leave out memory, which takes a process a row")
@@ -246,8 +243,8 @@ def command(argv):
     flags = p.parse_args(argv)
     layers, *block, batch, tokens = MODELS[flags.model]
     machine = pick_machine(flags.device, flags.dtype)
-    if flags.json is not None and Path(flags.json).is_dir():
-        raise ValueError(f"--json {flags.json} is a folder: give a file")
+    if flags.json is not None and (Path(flags.json).is_dir() or not Path(flags.json).absolute().parent.is_dir()):
+        raise ValueError(f"--json {flags.json} is no place for a file: give a file in a folder that is there")
     torch.manual_seed(flags.seed)
     base = Blocks(flags.layers or layers, *block)
     x = torch.randn(flags.batch or batch, flags.tokens or tokens, base.head.in_features).to(machine.device)
@@ -255,6 +252,8 @@ def command(argv):
     bench = Bench(base, x, y, machine, tuple(t for t in flags.targets.split(",") if t), flags.inference)
     references = ("base",) if flags.inference else ("frozen", "full")
     words = list({same_method(w): w for w in flags.methods if w not in references}.values())
+    if flags.inference and not set(words) - set(PLAIN):
+        raise ValueError("--inference merges a method: give at least one in --methods")
     find_linears(base, bench.targets)
     for method, options, targets in map(parse_method, words):   # before the work starts
         if method not in PLAIN:
@@ -273,16 +272,16 @@ def command(argv):
 def measure(bench, references, words, flags, argv):
     """Measure and print; the rows are references, then words, and for inference the last word's model merged."""
     (B, T, d), unit, rows, steps = bench.x.shape, "forward" if bench.inference else "step", {}, {}
-    print(f"{bench.machine.reason}; torch {torch.__version__}, {torch.get_num_threads()} threads\n{flags.model}: "
+    print(f"{bench.machine.reason}; torch {torch.__version__}\n{flags.model}: "
           f"{len(bench.base.blocks)} blocks of width {d}, {B} x {T} tokens, {flags.rounds} rounds of {flags.steps}\n")
     for word in tqdm([*references, *words, *["merged"] * bench.inference], "set up", leave=False, disable=None):
-        svd._known.clear()
+        svd.forget()
         began = time.perf_counter()
         model = merge(copy.deepcopy(model)) if word == "merged" else row_model(word, bench)
         rows[word] = {"method": word, "setup_s": None if word in PLAIN else time.perf_counter() - began,
                       "predicted": predicted(word, references[-1], bench), "step_mb": None, **sizes(word, model)}
         steps[word] = make_step(model, bench)
-    svd._known.clear()
+    svd.forget()
     times = time_rounds(steps, flags.rounds, flags.steps, bench.machine.device)
     del steps, model   # the memory is for the processes
     for word in tqdm([] if flags.no_memory else rows, "memory", leave=False, disable=None):

@@ -6,16 +6,22 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from . import report
 from .adapter import METHODS, TARGETS, check_options, nearest, options_of
 from .loop import Diverged, Stopped
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
+    """argparse whose errors are one line, and whose flags are written out and have their help on one line."""
+
+    def __init__(self, script, **more):
+        wide = lambda prog: argparse.HelpFormatter(prog, max_help_position=46, width=140)
+        super().__init__(f"python {script}", formatter_class=wide, allow_abbrev=False, **more)
 
     def error(self, message):
-        raise ValueError(message + f" (see python {self.prog} --help)")
+        raise ValueError(message + f" (see {self.prog} --help)")
 
 
 def number(low, kind=int, above=False):
@@ -36,8 +42,7 @@ def number(low, kind=int, above=False):
 def parser(script, about, commands, data, theirs):
     """The flags of both scripts, each with its help on one line; scripts add their own. theirs: (another format for
     merged models, names of published weights)."""
-    wide = lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=130)   # a flag on a line
-    p = Parser(script, description=about, formatter_class=wide,
+    p = Parser(script, description=about,
                epilog="A method is one word: full, head, " + ", ".join(METHODS)
                + ", with options and targets: svft:pattern=banded,off_diagonals=8@query,value")
     a = p.add_argument
@@ -46,7 +51,7 @@ def parser(script, about, commands, data, theirs):
     a("--all", action="store_true", help="story: every method's examples")
     a("--data", default=data[0], metavar="NAME", help=" | ".join(data))
     a("--data-dir", default=None, metavar="DIR", help="where real data lie, or are downloaded to")
-    a("--out", default=None, metavar="DIR", help="where results go (default out/SCRIPT-DATA)")
+    a("--out", default=None, metavar="DIR", help="where results go (default out/vit-DATA or out/gpt-DATA)")
     a("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
     a("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of autocast")
     a("--seed", type=number(0), default=0, help="of everything that is drawn")
@@ -78,9 +83,10 @@ BELONGS = {   # flags that only some commands know
     "seeds": ("story", "compare"), "plot": ("story", "compare"),
     "adapter": ("generate", "predict", "merge"), "prompt": ("generate",), "length": ("generate",),
     "temperature": ("generate",), "top_k": ("generate",),
-    "pretrain_steps": ADAPTING, "head_lr": ADAPTING, "targets": ADAPTING, "per_class": (*ADAPTING, "predict"),
-    **dict.fromkeys(("lr", "resume", "steps", "batch_size", "save_every", "eval_every", "n_layer", "n_head", "d_model",
+    "pretrain_steps": ADAPTING, "head_lr": ADAPTING, "targets": ADAPTING, "per_class": ADAPTING,
+    **dict.fromkeys(("lr", "resume", "steps", "batch_size", "save_every", "eval_every", "n_layer", "d_model",
                      "accumulate", "compile"), ("pretrain", *ADAPTING)),
+    "n_head": ("pretrain", *ADAPTING, "generate", "predict", "merge"),
     "format": ("merge",), "context": ("pretrain", *ADAPTING), "image_size": (*ADAPTING, "predict", "merge"), "no_shake": ADAPTING,
     "init": (*ADAPTING, "generate", "predict", "merge"),
 }
@@ -93,6 +99,8 @@ def check_flags(p, flags, commands, data):
                          f"commands: {', '.join(commands)}, or none for the whole story")
     if flags.data not in data and not any(d.endswith(":PATH") and flags.data.startswith(d[:-4]) for d in data):
         raise ValueError(f"no data {flags.data!r}{nearest(flags.data, data)}; data: {', '.join(data)}")
+    if flags.data.endswith(":"):
+        raise ValueError(f"--data {flags.data} lacks the path that belongs behind the colon")
     for name, commands_of_it in BELONGS.items():
         if getattr(flags, name, None) != p.get_default(name) and flags.command not in commands_of_it:
             here = "the story (no command)" if flags.command == "story" else flags.command
@@ -105,7 +113,7 @@ def check_flags(p, flags, commands, data):
         raise ValueError("merge needs --adapter FILE beside --init FILE")
     if flags.command in ("generate", "predict", "merge") and flags.init is None:
         raise ValueError(f"{flags.command} needs --init FILE, a model file such as OUT/pretrain/model.pt")
-    for name in ("n_layer", "n_head", "d_model", "pretrain_steps"):
+    for name in ("n_layer", "d_model", "pretrain_steps"):
         if flags.init is not None and getattr(flags, name) != p.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')} speaks of a model that is pretrained here, "
                              "not of one that --init brings")
@@ -160,6 +168,8 @@ def parse_method(word):
         name, equals, value = item.partition("=")
         if not equals or not value:
             raise ValueError(f"{word!r}: an option is name=value, not {item!r}")
+        if name in options:
+            raise ValueError(f"{word!r}: {name} is given twice")
         try:
             options[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -195,6 +205,12 @@ def run(main, argv):
     except Diverged as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if "--debug" in argv or "alloc" not in str(error) and not isinstance(error, MemoryError):
+            raise   # a mistake of ours
+        print(f"error: not enough memory ({' '.join(str(error).split())[:120]}): try a smaller --batch-size, or "
+              "--accumulate", file=sys.stderr)
+        return 2
     except (ValueError, TypeError, OSError, ImportError) as error:
         if "--debug" in argv:
             raise

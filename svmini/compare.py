@@ -5,7 +5,7 @@ import json
 import re
 import statistics
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable
 
@@ -76,8 +76,7 @@ def finetune(word, setup, seed, lr=None):
     flags = setup.run | {"method": model.adaptation["method"], "options": model.adaptation["options"],
                          "targets": model.adaptation["targets"], "base": model.adaptation["base"],
                          "dtype": str(setup.machine.dtype)}
-    flags |= {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(s).items()
-              if k not in ("save_every", "eval_every")}
+    flags |= s.flags()
     if setup.machine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
@@ -105,7 +104,7 @@ def save_result(model, folder, about):
         save_model(path, model, **about)
     else:
         path = folder / "adapter.pt"
-        save_adapter(model, path)
+        save_adapter(model, path, {"data": about["data"]} if "data" in about else None)
     return path.stat().st_size
 
 

@@ -75,7 +75,7 @@ class GPT(nn.Module):
         """Continue tokens (B, T) int64 by max_new_tokens; returns (B, T + max_new_tokens).
 
         Each token is drawn from softmax(logits / temperature), from the top_k likeliest where top_k is given;
-        temperature 0 takes the likeliest (greedy). What lies further back than block_size is not seen.
+        temperature 0 (or below 1e-6) takes the likeliest (greedy). What lies further back than block_size is not seen.
         Raises ValueError for an empty prompt, a negative temperature or a top_k below 1.
         """
         if tokens.dim() != 2 or tokens.shape[1] == 0:
@@ -91,7 +91,7 @@ class GPT(nn.Module):
                 seen = tokens[:, -self.config.block_size:]
                 last = torch.full((len(seen),), seen.shape[1] - 1, device=seen.device)            # (B,)
                 logits = self(seen, at=last).float()                                              # (B, vocab)
-                if temperature == 0:
+                if temperature < 1e-6:
                     new = logits.argmax(dim=-1, keepdim=True)                                     # (B, 1)
                 else:
                     logits = logits / temperature

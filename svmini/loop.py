@@ -53,6 +53,11 @@ class Settings:
     eval_every: int = 0
     save_every: int = 0
 
+    def flags(self):
+        """As plain values, without what does not decide the result: how often it is written, how a batch is cut."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()
+                if k not in ("save_every", "eval_every", "accumulate")}
+
 
 @dataclass
 class Machine:
@@ -269,15 +274,17 @@ def load_model(path, model_class):
     return model, content["about"]
 
 
-def load_base(source, model_class, urls, from_theirs):
+def load_base(source, model_class, urls, from_theirs, n_head=None):
     """(model, about) of a model file of ours, or of weights from elsewhere: a name in urls, or a file in their naming,
-    which from_theirs turns into a model; about["published"] tells the two apart. Raises as read_source and load_model
-    do."""
+    which from_theirs turns into a model, with n_head heads where they are not of width 64; about["published"] tells
+    the two apart. Raises as read_source and load_model do."""
     state = read_source(source, urls)
     if "kind" in state:   # ours, or an adapter or a run, which load_model refuses
+        if n_head is not None:
+            raise ValueError(f"{source} says itself how many heads it has: leave out --n-head")
         model, about = load_model(source, model_class)
         return model, {"published": False} | about
-    return from_theirs(state), {"data": Path(source).stem, "published": True}
+    return from_theirs(state, n_head=n_head).float(), {"data": Path(source).stem, "published": True}
 
 
 @contextmanager
@@ -308,8 +315,7 @@ def pretrain(model, task, s, machine, folder, about, resume=False):
     """
     path = Path(folder) / "model.pt"
     flags = {"data": about["data"], "model": asdict(model.config), "dtype": str(machine.dtype),
-             **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(s).items()
-                if k not in ("save_every", "eval_every")}}
+             **s.flags()}
     if path.is_file():
         model, about = load_model(path, type(model))
         other = [f"{k} was {about['flags'].get(k)!r} and is {v!r}" for k, v in flags.items()
@@ -342,4 +348,4 @@ def save_merged(model, about, out, form, to_theirs):
         state = to_theirs(model)
         files.write_whole(path, lambda file: torch.save(state, file))
     print(f"{path} holds the merged model: plain weights, as fast as the base"
-          + (f", in {form}'s naming: load_state_dict(torch.load({path.name!r}))" if form != "svmini" else ""))
+          + (f", in {form}'s naming, which does not tell its {model.config.n_head} heads" if form != "svmini" else ""))

@@ -50,7 +50,7 @@ class RealPictures:
             raise ValueError(f"{name} is read from files: give their folder by --data-dir, or use --data glyphs")
         class_name, (self.mean, self.std), self.natural, side = REAL[word]
         self.name, self.side = name, min(size, side or size)
-        self.train, self.test = open_folder(Path(path)) if path else open_real(class_name, Path(data_dir))
+        self.train, self.test = open_folder(Path(path).expanduser()) if path else open_real(class_name, Path(data_dir))
         names = getattr(self.train[0], "classes", None) or list(range(int(labels_of(self.train).max()) + 1))
         self.classes = [str(c).split(" - ")[0] for c in names]   # MNIST's are "0 - zero", ...
         self.labels = labels_of(self.train)
@@ -72,8 +72,9 @@ class RealPictures:
         pool = [i[torch.randperm(len(i), generator=g)] for i in self.pool]
         least = min(map(len, pool))
         if per_class is not None and not 2 <= per_class <= least or least < 2:
+            remedy = f"give --per-class 2 to {least}" if least > 1 else "at least 2 are needed"
             raise ValueError(f"--per-class {per_class or 'all'} does not fit {self.name}: its smallest class has "
-                             f"{least} training pictures, and it takes at least 2, one of them to validate")
+                             f"{least} training pictures, {remedy}")
         chosen = {"train": [], "val": []}
         for i in pool:
             n = len(i) if per_class is None else per_class
@@ -134,14 +135,19 @@ def open_folder(path):
     if not path.is_dir():
         raise FileNotFoundError(f"there is no folder {path}: folder:PATH wants a folder of class folders")
     try:
-        held_out = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
-        if (path / "train").is_dir() and held_out:
+        held_out = next((path / name for name in ("test", "val", "validation") if (path / name).is_dir()), None)
+        if (path / "train").is_dir():
+            if held_out is None:
+                raise ValueError(f"{path} has a folder train and none called test, val or validation beside it")
             train, test = ImageFolder(str(path / "train")), ImageFolder(str(held_out))
             if train.classes != test.classes:
                 raise ValueError(f"{path}/train and {held_out} have different class folders: "
                                  f"{', '.join(sorted(set(train.classes) ^ set(test.classes))[:5])} is in one only")
             return [train], [test]
-        return [ImageFolder(str(path))], None
+        whole = ImageFolder(str(path))
+        if len(whole.classes) < 2:
+            raise ValueError(f"{path} has one class folder, {whole.classes[0]}: give the folder that holds them all")
+        return [whole], None
     except FileNotFoundError as error:   # no class folders, or one without pictures
         raise ValueError(f"{path} is no folder of class folders with pictures ({one_line(error)})") from None
 

@@ -1,4 +1,4 @@
-"""The one place where random generators are seeded: data and draws depend on a key alone, not on what ran before."""
+"""Random generators for data: what is drawn depends on a key alone, not on what ran before."""
 
 import hashlib
 

@@ -6,7 +6,7 @@ Trained: M at the positions of a pattern.  Start: M = 0, so W = W0.  With D = mi
     plain    the diagonal (off_diagonals has no say)             D numbers a matrix
     banded   |i − j| ≤ d                                         k = D(2d + 1) − d(d + 1)
     random   k distinct positions, drawn once from a seed (the same for all matrices of one D)
-    topk     the k positions of largest |u_iᵀ v_j|, which exists only where d_out = d_in
+    topk     the k positions of largest |u_iᵀ v_j|, which exists only where d_out = d_in: else u_i and v_j differ in length
 U and V are square factors of the thin SVD: the paper's full ones add directions of singular value 0 only.
 
 The authors' code departs from the paper: a trained sigmoid gate on M, M drawn from a Kaiming normal (so the model
@@ -73,8 +73,7 @@ class SVFT(Adapter):
         if pattern == "topk" and d_out != d_in:
             raise ValueError("topk ranks u_iᵀ v_j, which exists only for a square matrix: "
                              "target query, key, value and out, or take another pattern")
-        if pattern != "plain":
-            whole("off_diagonals", off_diagonals, 0, min(d_out, d_in) - 1)
+        whole("off_diagonals", off_diagonals, 0, None if pattern == "plain" else min(d_out, d_in) - 1)
         whole("seed", seed, 0)
 
 

@@ -79,7 +79,6 @@ def readable(answer):
 
 class Arithmetic:
     """Problems "ddd+ddd=" or "ddd-ddd=" with answers of four digits, reversed, as tokens of one character each."""
-    vocab = CHARACTERS
     vocab_size = len(CHARACTERS)
     prompt_length = 2 * DIGITS + 2
     answer_length = ANSWER
@@ -204,7 +203,7 @@ def gsm8k(data_dir=None):
 def split_pairs(name, data_dir=None, seed=0):
     """{"train", "val", "test"}: lists of (question, answer) of "gsm8k" or "qa:FILE", no question in two of them.
 
-    Drawn by seed: a tenth for test, where there is no test set, and a tenth, at most 500, for val. Of a repeated
+    A tenth for test, where there is no test set, always the same; a tenth, at most 500, for val by seed. Of a repeated
     question the first answer counts. Raises ValueError for fewer than ten, and as read_pairs and gsm8k do.
     """
     sets = gsm8k(data_dir) if name == "gsm8k" else {"train": read_pairs(name.removeprefix("qa:")), "test": []}
@@ -213,8 +212,9 @@ def split_pairs(name, data_dir=None, seed=0):
     n, tenth = len(pairs), len(pairs) // 10
     if tenth < 1:
         raise ValueError(f"{name} has {n} different questions: at least 10 are needed, to train, validate and test on")
-    pairs = [pairs[i] for i in torch.randperm(n, generator=generator("split pairs", seed)).tolist()]
+    pairs = [pairs[i] for i in torch.randperm(n, generator=generator("test pairs")).tolist()]
     test = sets["test"] or [pairs.pop() for _ in range(tenth)]
+    pairs = [pairs[i] for i in torch.randperm(len(pairs), generator=generator("val pairs", seed)).tolist()]
     n_val = min(MOST_VAL, tenth)
     return {"train": pairs[n_val:], "val": pairs[:n_val], "test": test}
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .adapter import Adapter, add_update, is_number, whole
+from .adapter import Adapter, is_number, whole
 
 
 class VeRA(Adapter):
@@ -36,7 +36,10 @@ class VeRA(Adapter):
         return self.W0 + (self.b[:, None] * self.B * self.d) @ self.A               # (d_out, d_in)
 
     def forward(self, x):
-        return add_update(x, self.W0, self.bias, F.linear(x, self.A), self.b[:, None] * self.B * self.d)
+        flat = x.reshape(-1, self.d_in)                                             # (T, d_in)
+        update = F.linear(F.linear(flat, self.A) * self.d, self.B)                  # (T, d_out)
+        y = F.linear(flat, self.W0, self.bias).addcmul_(update, self.b)             # in place: see add_update
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def count(d_out, d_in, *, rank=256, seed=0, d_init=0.1):

@@ -39,8 +39,9 @@ def read_source(source, urls):
             from safetensors.torch import load_file
         except ImportError:
             raise ValueError(f"reading {path} needs the package safetensors: pip install safetensors") from None
-        return load_file(path)
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:   # unpickling fails in many ways; each means that this is not such a file
         raise ValueError(f"{path} is no file of weights that torch can read: {one_line(error)}") from None

@@ -176,13 +176,13 @@ def test_a_misshapen_tensor_is_refused(path):
         load_adapter(model, path)
 
 
-TOP_KEYS = ("method", "options", "targets", "base", "layers", "head")
+TOP_KEYS = ("method", "options", "targets", "base", "layers", "head")   # `about` may be missing: it is for the reader
 
 
 @pytest.mark.parametrize("key", TOP_KEYS + ("format", "kind"))
 def test_a_file_without_one_of_its_parts_is_refused(key, path):
     save_adapter(trained(), path)
-    assert set(torch.load(path, weights_only=True)) == {*TOP_KEYS, "kind", "format"}
+    assert set(torch.load(path, weights_only=True)) == {*TOP_KEYS, "about", "kind", "format"}
     rewrite(path, lambda content: content.pop(key))
     model = base()
     with refused(model, ValueError):

@@ -13,7 +13,7 @@ import torch.nn as nn
 from conftest import method_of_the_readme
 from svmini import METHODS, bench, loop, svd
 
-SMALL = ["--model", "tiny", "--layers", "1", "--batch", "2", "--tokens", "8", "--rounds", "2", "--steps", "1",
+SMALL = ["--model", "tiny", "--layers", "1", "--batch", "2", "--tokens", "8", "--rounds", "3", "--steps", "1",
          "--device", "cpu"]
 
 
@@ -38,12 +38,12 @@ def test_a_row_for_every_word(flags, first, last, tmp_path, capsys):
     table, content = table_of(out), json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))
     assert list(table) == [r["method"] for r in content["rows"]] == [*first, *bench.WORDS, *last]
     about = content["about"]
-    assert (about["model"], about["layers"], about["batch"], about["tokens"], about["rounds"]) == ("tiny", 1, 2, 8, 2)
+    assert (about["model"], about["layers"], about["batch"], about["tokens"], about["rounds"]) == ("tiny", 1, 2, 8, 3)
     assert about["torch"] == torch.__version__ and about["methods"] == list(bench.WORDS)
     unit = "forward" if flags else "step"
     for row in content["rows"]:
         cells = table[row["method"]]
-        assert len(row["times_ms"]) == 2 and row["ms"] == pytest.approx(sum(row["times_ms"]) / 2) and row["ms"] > 0
+        assert len(row["times_ms"]) == 3 and row["ms"] == sorted(row["times_ms"])[1] > 0
         assert cells[f"ms/{unit}"] == f"{row['ms']:.1f}" and cells[f"{unit} MB"] == "-"
         assert cells[f"predicted x {first[-1]}"] == f"{row['predicted']:.2f}"
         assert row["weights_mb"] > 0 and (row["setup_s"] is None) == (row["method"] in bench.PLAIN)
@@ -102,7 +102,7 @@ UNITS = [
     ("svft:pattern=plain", 400, 100, 400, 2.5), ("svft:pattern=plain", 100, 400, 50, 2.5),
     ("svft:off_diagonals=2", 400, 100, 400, 2.875), ("svft:off_diagonals=2", 100, 400, 50, 3.25),
     # 2 (1 + a) r/D more for frozen factors, 3 (1 + a) r/D for trained ones
-    ("svfit:rank=20", 100, 100, 400, 2.8), ("svfit:rank=20", 400, 100, 400, 2.5), ("vera:rank=20", 100, 400, 400, 2.55),
+    ("svfit:rank=20", 100, 100, 400, 2.8), ("svfit:rank=20", 400, 100, 400, 2.5), ("vera:rank=20", 100, 400, 400, 2.5),
     ("lora:rank=10", 100, 100, 400, 2.6), ("lora:rank=10", 100, 400, 400, 2.375),
     # r/T for the product B A in the norm, thrice where the gradient goes through it
     ("dora:rank=10", 100, 100, 400, 2.625), ("dora:rank=10,detach_norm=False", 100, 100, 400, 2.675),
@@ -194,14 +194,14 @@ def test_a_method_that_is_dropped_in(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("argv, words", [
-    ("--model gpt3", ["--model", "gpt2"]), ("--rounds 1", ["--rounds", "of at least 2", "'1'"]),
+    ("--model gpt3", ["--model", "gpt2"]), ("--rounds 1", ["--rounds", "of at least 3", "'1'"]),
     ("--tokens 0", ["--tokens", "of at least 1"]), ("--layers x", ["--layers", "a whole number"]),
     ("--no-such-flag", ["--no-such-flag"]), ("--methods svfti", ["svfti", "svfit"]),
     ("--methods svft:rank=2", ["svft has no option 'rank'"]),
     ("--methods svft:pattern=topk", ["topk", "up", "512x128"]),
     ("--methods lora:rank=129", ["rank", "128"]), ("--methods merged", ["no method 'merged'"]),
     ("--targets qwery", ["'qwery'", "query"]), ("--targets qwery --methods head", ["'qwery'", "query"]),
-    ("--json .", ["--json", "is a folder"])])
+    ("--json .", ["--json", "is no place for a file"])])
 def test_bad_flags_are_one_line(argv, words, capsys, monkeypatch):
     monkeypatch.setattr(bench, "measure", lambda *a: pytest.fail("the work started"))
     assert bench.main([*SMALL, *argv.split()]) == 2

@@ -147,8 +147,15 @@ def test_a_folder_that_is_none_of_classes_is_said(tmp_path):
     with pytest.raises(ValueError, match="split is no folder of class folders with pictures .*class 1"):
         RealPictures(f"folder:{tmp_path / 'split'}", None, 8)
     build_tree(tmp_path / "one", {"": 1})
-    with pytest.raises(ValueError, match="smallest class has 1 training pictures"):
+    with pytest.raises(ValueError, match="smallest class has 1 training pictures, at least 2 are needed"):
         RealPictures(f"folder:{tmp_path / 'one'}", None, 8).draw()
+    for label in (1, 2, 3):
+        shutil.rmtree(tmp_path / "one" / f"class {label}")   # who says class 0 every time would be right
+    with pytest.raises(ValueError, match="one class folder, class 0: give the folder"):
+        RealPictures(f"folder:{tmp_path / 'one'}", None, 8)
+    build_tree(tmp_path / "lone", {"train": 3})   # would be one class, called train
+    with pytest.raises(ValueError, match="a folder train and none called test, val or validation"):
+        RealPictures(f"folder:{tmp_path / 'lone'}", None, 8)
 
 
 @pytest.mark.parametrize("word", [w for w in REAL if w != "folder"])

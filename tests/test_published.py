@@ -245,3 +245,46 @@ def test_accumulate_and_compile_reach_the_loop(folder, tmp_path, monkeypatch):
     assert ", compiled" in call(*argv, "--accumulate", 3, "--compile")
     assert ", compiled" not in call(*argv)
     assert seen == [(3, True), (1, False)]
+
+
+def test_heads_of_another_width_are_given_by_hand(tmp_path):
+    """A file in torchvision's naming does not tell how many heads there are."""
+    torch.save(theirs(num_heads=4).state_dict(), tmp_path / "raw.pt")
+    source, urls = tmp_path / "raw.pt", vit.torchvision_urls()
+    x, expected = torch.randn(2, 3, 16, 16), theirs(num_heads=4)
+    given, _ = loop.load_base(source, ViT, urls, ViT.from_torchvision, n_head=4)
+    assert (given.eval()(x) - expected(x)).abs().max() < 1e-5
+    guessed, _ = load(source)
+    assert (guessed.eval()(x) - expected(x)).abs().max() > 1e-3
+    loop.save_model(tmp_path / "ours.pt", given, data="d")
+    with pytest.raises(ValueError, match="says itself how many heads"):
+        loop.load_base(tmp_path / "ours.pt", ViT, urls, ViT.from_torchvision, n_head=2)
+
+
+def test_weights_of_float64_are_taken_in_float32(tmp_path):
+    torch.save({k: v.double() for k, v in theirs().state_dict().items()}, tmp_path / "raw.pt")
+    model, _ = load(tmp_path / "raw.pt")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_an_adapter_says_which_pictures_it_is_for(folder, tmp_path, capsys):
+    """Else merge and predict would believe --data, and its default."""
+    data = ["--init", folder / "raw.pt", "--out", tmp_path]
+    pictures = ["--data", f"folder:{folder / 'pictures'}"]
+    call("finetune", "--method", "svfit", "--per-class", 3, "--steps", 1, *pictures, *data)
+    adapter = tmp_path / "runs" / "svfit-seed0" / "adapter.pt"
+    for command in ("predict", "merge"):
+        assert train_vit.main([command, "--adapter", str(adapter), *map(str, data)]) == 2
+        said = capsys.readouterr().err
+        assert "adapter.pt was trained on folder:" in said and "--data glyphs" in said and said.count("\n") == 1
+    call("merge", "--adapter", adapter, *pictures, *data)
+    assert "folder:" in call("predict", "--init", tmp_path / "merged.pt", *pictures, "--out", tmp_path)
+
+
+def test_how_a_batch_is_cut_is_no_other_base(tmp_path, monkeypatch):
+    for which in "AB":
+        monkeypatch.setitem(glyphs.GLYPHS[which], "sizes", {"train": 2, "val": 1, "test": 1})
+    argv = ["finetune", "--method", "svfit", "--steps", 2, "--pretrain-steps", 2, "--n-layer", 1, "--d-model", 16,
+            "--out", tmp_path]
+    call(*argv)
+    assert "is reused" in call(*argv, "--accumulate", 2, "--resume")
