@@ -95,7 +95,7 @@ def picture_task(pictures, about, size, device, shake=False):
     chunk = 500 if size < 100 else 64
 
     def show(x):
-        return images.prepare(x.to(device), size, about["mean"], about["std"])
+        return images.prepare(x.to(device, non_blocking=True), size, about["mean"], about["std"])
 
     def batch(n, seed, step):
         x, y = images.batch(*splits["train"], n, seed, step)

@@ -32,13 +32,16 @@ def prepare(images, size, mean, std):
 
     Another size is resized to (bilinear, antialiased), grey becomes three equal channels, colour becomes its luma.
     """
+    def channels(numbers):   # (C, 1, 1) on the device; a copy that blocks would wait for all that is queued there
+        return torch.tensor(numbers).view(-1, 1, 1).to(images.device, non_blocking=True)
+
     x = images.float().div_(255)
     if x.shape[-2:] != (size, size):
         x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
     if x.shape[1] == 3 and len(mean) == 1:
-        x = (x * x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(dim=1, keepdim=True)   # ITU-R BT.601
+        x = (x * channels((0.299, 0.587, 0.114))).sum(dim=1, keepdim=True)   # ITU-R BT.601
     x = x.expand(-1, len(mean), -1, -1)
-    return (x - x.new_tensor(mean).view(-1, 1, 1)) / x.new_tensor(std).view(-1, 1, 1)
+    return (x - channels(mean)) / channels(std)
 
 
 def shake(x, seed, step):
@@ -47,7 +50,7 @@ def shake(x, seed, step):
     g, most = generator("shake", seed, step), S // 8
     mirrored = torch.rand(B, generator=g) < 0.5
     shift = torch.randint(2 * most + 1, (B, 2), generator=g).tolist()
-    x = torch.where(mirrored.view(-1, 1, 1, 1).to(x.device), x.flip(3), x)
+    x = torch.where(mirrored.view(-1, 1, 1, 1).to(x.device, non_blocking=True), x.flip(3), x)
     x = F.pad(x, (most,) * 4, mode="reflect")
     return torch.stack([picture[:, i:i + S, j:j + S] for picture, (i, j) in zip(x, shift)])
 
@@ -64,7 +67,7 @@ def batch(images, labels, size, seed, step):
         index = torch.randperm(len(images), generator=g)[:size]
     else:
         index = torch.randint(len(images), (size,), generator=g)
-    index = index.to(images.device)
+    index = index.to(images.device, non_blocking=True)
     return images[index], labels[index]   # (size, C, H, W), (size,)
 
 

@@ -247,7 +247,7 @@ def batch(tokens, size, length, seed, step):
     """
     check_length(tokens, length)
     starts = torch.randint(len(tokens) - length, (size, 1), generator=generator("text", seed, step))
-    at = (starts + torch.arange(length)).to(tokens.device)   # (size, length)
+    at = (starts + torch.arange(length)).to(tokens.device, non_blocking=True)   # (size, length)
     return tokens[at], tokens[at + 1]
 
 
