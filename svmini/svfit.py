@@ -3,6 +3,7 @@
     W = U_r diag(s) V_rᵀ + W_e,   W_e = W0 − U_r Σ_r V_rᵀ frozen          (section 3)
 
 Trained: s, the r largest singular values, r numbers a matrix.  Start: s = σ_1 .. σ_r, so W = W0 (to rounding).
+With all ranks the order of products is that of svd.apply_factors (as SVFT plain); else W0 x plus a thin update.
 The paper takes r = all, or the smallest r that holds 99 % of the energy Σ σ_i². There is no public code.
 """
 
