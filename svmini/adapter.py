@@ -275,7 +275,8 @@ def save_adapter(model, path, about=None):
                      "probe": probe(a.weight())} for name, a in adapters(model).items()}
     head = head_of(model)
     files.save(path, "adapter", model.adaptation | {
-        "about": about or {}, "layers": layers, "head": None if head is None else {k: v.cpu() for k, v in head.state_dict().items()}})
+        "about": about or {}, "layers": layers,
+        "head": None if head is None else {k: v.cpu() for k, v in head.state_dict().items()}})
 
 
 def load_adapter(model, path):

@@ -87,7 +87,8 @@ BELONGS = {   # flags that only some commands know
     **dict.fromkeys(("lr", "resume", "steps", "batch_size", "save_every", "eval_every", "n_layer", "d_model",
                      "accumulate", "compile"), ("pretrain", *ADAPTING)),
     "n_head": ("pretrain", *ADAPTING, "generate", "predict", "merge"),
-    "format": ("merge",), "context": ("pretrain", *ADAPTING), "image_size": (*ADAPTING, "predict", "merge"), "no_shake": ADAPTING,
+    "format": ("merge",), "context": ("pretrain", *ADAPTING), "no_shake": ADAPTING,
+    "image_size": (*ADAPTING, "predict", "merge"),
     "init": (*ADAPTING, "generate", "predict", "merge"),
 }
 

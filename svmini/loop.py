@@ -314,8 +314,7 @@ def pretrain(model, task, s, machine, folder, about, resume=False):
     model was made with other settings.
     """
     path = Path(folder) / "model.pt"
-    flags = {"data": about["data"], "model": asdict(model.config), "dtype": str(machine.dtype),
-             **s.flags()}
+    flags = {"data": about["data"], "model": asdict(model.config), "dtype": str(machine.dtype), **s.flags()}
     if path.is_file():
         model, about = load_model(path, type(model))
         other = [f"{k} was {about['flags'].get(k)!r} and is {v!r}" for k, v in flags.items()
@@ -340,12 +339,10 @@ def pretrain(model, task, s, machine, folder, about, resume=False):
 def save_merged(model, about, out, form, to_theirs):
     """Merge an adapted model and write it to a folder: as a model file of ours, or in the naming of its origin."""
     merge(model)
+    path = Path(out) / ("merged.pt" if form == "svmini" else f"merged-{form}.pt")
     if form == "svmini":
-        path = Path(out) / "merged.pt"
         save_model(path, model, **about)
     else:
-        path = Path(out) / f"merged-{form}.pt"
-        state = to_theirs(model)
-        files.write_whole(path, lambda file: torch.save(state, file))
+        files.write_whole(path, lambda file: torch.save(to_theirs(model), file))
     print(f"{path} holds the merged model: plain weights, as fast as the base"
           + (f", in {form}'s naming, which does not tell its {model.config.n_head} heads" if form != "svmini" else ""))

@@ -183,7 +183,7 @@ def open_real(class_name, data_dir):
     except ImportError as error:
         raise ValueError(f"torchvision cannot read {class_name} here ({one_line(error)}): "
                          f"pip install {error.name}") from None
-    except (RuntimeError, OSError, EOFError, json.JSONDecodeError) as error:   # URLError and PermissionError are OSErrors
+    except (RuntimeError, OSError, EOFError, json.JSONDecodeError) as error:   # URLError is an OSError
         check_packed(dataset, data_dir)   # a broken download is named
         wanted = files_of(dataset)
         missing = [f for f in wanted if not (data_dir / f).exists() and not (data_dir / f.removesuffix(".gz")).exists()]

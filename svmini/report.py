@@ -27,7 +27,8 @@ def summarise(rows):
         first = (sound or runs)[0]
         table.append({
             **{k: first.get(k) for k in ("method", "adapter", "head", "percent", "lr", "adapter_bytes")},
-            "metrics": [r["metric"] for r in sound], "differences": differences if word not in (REFERENCE, "start") else [],
+            "metrics": [r["metric"] for r in sound],
+            "differences": differences if word not in (REFERENCE, "start") else [],
             "recovered": statistics.mean(recovered) if recovered else None,
             "ms": statistics.mean([r["ms_per_step"] for r in sound if r["ms_per_step"]] or [0]) or None,
             "seconds": statistics.mean([r["seconds"] for r in sound] or [0]),

@@ -36,8 +36,8 @@ def thin_svd(weight):
 def apply_factors(x, U, core, Vt, bias):
     """x (..., d_in) -> x Wᵀ + b (..., d_out) with W = U core Vᵀ, core (D,) for a diagonal or (D, D).
 
-    Three exact orders; which is cheapest follows from counting the products of a training step, forward and backward to
-    x and core (U and V are frozen), in units of T d_out d_in (T tokens, a = D / max(d_out, d_in)):
+    Three exact orders; which is cheapest follows from counting the products of a training step, forward and backward
+    to x and core (U and V are frozen), in units of T d_out d_in (T tokens, a = D / max(d_out, d_in)):
       diagonal core   build W first  3 + 2D/T                  through the activations  2 + 2a
       any core        build W first  3 + 2(1 + a)D/T           folded into the smaller factor  2 + 3a + 2aD/T
                                                                through the activations  2 + 5a

@@ -6,7 +6,7 @@ Trained: M at the positions of a pattern.  Start: M = 0, so W = W0.  With D = mi
     plain    the diagonal (off_diagonals has no say)             D numbers a matrix
     banded   |i − j| ≤ d                                         k = D(2d + 1) − d(d + 1)
     random   k distinct positions, drawn once from a seed (the same for all matrices of one D)
-    topk     the k positions of largest |u_iᵀ v_j|, which exists only where d_out = d_in: else u_i and v_j differ in length
+    topk     the k positions of largest |u_iᵀ v_j|, which exists only where d_out = d_in (else their lengths differ)
 U and V are square factors of the thin SVD: the paper's full ones add directions of singular value 0 only.
 Forward builds W for many tokens and a square matrix (T > 2D plain, T > D else; measured 1.7 D and 0.94 D at D = 768),
 and goes through the activations otherwise: svd.apply_factors has the count.
