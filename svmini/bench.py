@@ -3,45 +3,46 @@
 The blocks alone, with random weights on a fixed random input: embeddings and head cost every method the same, and
 GPT-2's vocabulary would drown what differs. A linear head of two classes on the mean token gives a loss. Every row is
 timed once a round, A B C then C B A, so that a drift of the machine hits all alike, and compared round by round.
+Products and memory are counted in a real step, not timed: they are the same in every run.
 """
 
-import argparse
 import copy
-import gc
-import itertools
 import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from . import files, svd
-from .adapter import TARGETS, adapt, find_linears, fitting_linears, merge, options_of, save_adapter
-from .cli import Parser, number, parse_method, run, same_method
-from .loop import Machine, Settings, Stopped, make_optimizer, pick_machine
-from .report import mean_and_spread, size
-from .transformer import Block, init_linears
+from . import files
+from .adapting import adapt, find_linears, merge
+from .command_line import Parser, add_machine, names, number, run
+from .errors import InputError
+from .methods import parse_word, svd
+from .models.transformer import Block, init_linears
+from .training import compare
+from .training.loop import Settings, Stopped, make_optimizer
+from .training.machine import Machine, pick_machine
+from .training.report import markdown, spread
 
 GPT, VIT = {"causal": True, "gelu": "tanh", "eps": 1e-5}, {"causal": False, "gelu": "none", "eps": 1e-6}
 # layers, width, heads, block, sequences in a batch, tokens in a sequence
 MODELS = {"tiny": (4, 128, 4, GPT, 8, 128), "vit_b_16": (12, 768, 12, VIT, 8, 197), "gpt2": (12, 768, 12, GPT, 4, 512)}
-WORDS = ("head", "svfit", "svfit:rank=96", "svft:pattern=plain", "svft:off_diagonals=2", "svft:off_diagonals=8",
+WORDS = ["head", "svfit", "svfit:rank=96", "svft:pattern=plain", "svft:off_diagonals=2", "svft:off_diagonals=8",
          "svft:pattern=random,off_diagonals=8", "lora:rank=8", "dora:rank=8", "vera:rank=256",
-         "boft:block_size=4,factors=2")
-PLAIN = {"frozen": 1, "base": 1, "merged": 1, "full": 2, "head": 0}   # which of x, W need a gradient
+         "boft:block_size=4,factors=2"]
 
 
 class Blocks(nn.Module):
     """The blocks of a model and a head of two classes; x (B, T, d) -> (B, 2)."""
+    targets = ("query", "key", "value", "out", "up", "down")
+    also_train = ("head",)
 
     def __init__(self, layers, width, heads, block):
         super().__init__()
@@ -53,15 +54,32 @@ class Blocks(nn.Module):
         return self.head(self.blocks(x).mean(dim=1))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Bench:
     """What every row has in common. x (B, T, d) and classes y (B,) on the device.  inference: forward passes alone."""
     base: Blocks
     x: torch.Tensor
     y: torch.Tensor
     machine: Machine
-    targets: tuple
-    inference: bool
+    inference: bool = False
+
+
+class Step:
+    """Called without arguments: one training step of a model by fused AdamW, or one forward pass. Moves the model."""
+
+    def __init__(self, model, bench):
+        self.forward, self.bench = model.to(bench.machine.device).train(not bench.inference), bench
+        settings = Settings(steps=1, lr=1e-6, batch_size=len(bench.x))
+        self.optimizer = None if bench.inference else make_optimizer(model, settings)
+
+    def __call__(self):
+        b = self.bench
+        with torch.inference_mode(b.inference), b.machine.autocast():
+            logits = self.forward(b.x)
+        if not b.inference:
+            F.cross_entropy(logits, b.y).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
 
 
 def row_model(word, bench):
@@ -69,70 +87,61 @@ def row_model(word, bench):
     passes every layer; other words as adapt has them."""
     model = copy.deepcopy(bench.base)
     if word not in ("frozen", "base"):
-        method, options, targets = parse_method(word)
-        return adapt(model, method, targets or bench.targets, **options)
+        method, options, targets = parse_word(word)
+        return adapt(model, method, targets, **options)
     for name, p in model.named_parameters():
         p.requires_grad_("norm" in name or name.startswith("head."))
     return model
 
 
-def make_step(model, bench):
-    """A function of no arguments: one training step by fused AdamW, or one forward pass. Moves the model."""
-    model.to(bench.machine.device).train(not bench.inference)
-    optimizer = None if bench.inference else make_optimizer(model, Settings(steps=1, lr=1e-6, batch_size=len(bench.x)))
+def flops_of(work):
+    """Multiplications and additions of all matrix products in work(). Not in it: AdamW, and what goes number by number.
+    Attention takes its plain form, whose products can be counted on every device."""
+    def in_place(y, a, b, **_):   # y += a b, as in methods.adapter.add_update; torch's counter knows only y + a b
+        return 2 * a[0] * a[1] * b[1]
 
-    def step():
-        with torch.inference_mode(bench.inference), bench.machine.autocast():
-            logits = model(bench.x)
-        if not bench.inference:
-            F.cross_entropy(logits, bench.y).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-    return step
+    known = {torch.ops.aten.addmm_: in_place}
+    with FlopCounterMode(display=False, custom_mapping=known) as counter, sdpa_kernel(SDPBackend.MATH):
+        work()
+    return counter.get_total_flops()
 
 
-def units(word, d_out, d_in, T, inference=False):
-    """Multiplications of one layer for T tokens, forward and backward, by the cheapest known order of its products, in
-    units of T d_out d_in. None for a method that is not known here, or a rank that hangs on the weights."""
-    if word in PLAIN:
-        return 1 if inference else 1 + PLAIN[word]
-    method, options, _ = parse_method(word)
-    o, D = options_of(method) | options, min(d_out, d_in)
-    r, a = o.get("rank"), D / max(d_out, d_in)
+def saved_bytes(model, work):
+    """Bytes that autograd saves in work() for the backward pass, each storage once, the model's own weights not."""
+    own, saved = storages([*model.parameters(), *model.buffers()]), {}
 
-    def thin(k, gradients):   # (k, d_in) x, then (d_out, k) times that
-        return [(k / d_out, gradients), (k / d_in, gradients)]
+    def pack(tensor):
+        saved.update(storages([tensor]))
+        return tensor
 
-    # an order is a list of products (size, gradients): each of the two factors that needs a gradient costs a product
-    # of the same size in the backward pass
-    ways, frozen, fold = [], [(1, 1)], (a * D / T, 1)               # fold: Σ + M times the smaller of U and V
-    if (method == "svfit" and r not in (None, D)) or method == "vera":
-        ways = [frozen + thin(r, 1)]                                # W0 x + U_r ((s − σ) ⊙ V_rᵀ x), Λ_b B Λ_d A x
-    elif (method == "svfit" and o["energy"] is None) or (method == "svft" and o["pattern"] == "plain"):
-        ways = [[(D / T, 1), (1, 2)], thin(D, 1)]                   # (U diag(s) Vᵀ) x, or U (s ⊙ Vᵀ x)
-    elif method == "svft":                                          # built, folded, or one by one
-        ways = [[fold, (D / T, 1), (1, 2)], [fold, (a, 2), (1, 1)], [*thin(D, 1), (a, 2)]]
-    elif method in ("lora", "dora"):                                # W0 x + B A x; DoRA's norm takes B A whole
-        ways = [frozen + thin(r, 2) + ([(r / T, 0 if o["detach_norm"] else 2)] if method == "dora" else [])]
-    elif method == "boft":                                          # W0 (R x), R in blocks of b 2^(m−1)
-        ways = [frozen + [(o["block_size"] * 2 ** (o["factors"] - 1) / d_out, 2)]]
-    return min((sum(n * (1 if inference else 1 + g) for n, g in way) for way in ways), default=None)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        work()
+    return sum(size for place, size in saved.items() if place not in own)
 
 
-def predicted(word, reference, bench):
-    """Ratio of word's operation count to reference's over all layers, q kᵀ and p v; None where units knows none. Not in
-    it: AdamW, which for full runs over every weight; what goes number by number; and that the first block's query,
-    key and value need no input gradient where the first LayerNorm is frozen."""
-    def total(word):
-        (B, T, d), passes = bench.x.shape, 1 if bench.inference or word == "head" else 3
-        adapted = TARGETS if word in PLAIN else parse_method(word)[2] or bench.targets
-        counts = [2 * T * d * passes * len(bench.base.blocks)]      # of attention, in units of B T
-        for name, layer in find_linears(bench.base, TARGETS).items():
-            n = units(word if name.split(".")[-1] in adapted else "frozen", *layer.weight.shape, B * T, bench.inference)
-            counts.append(n and n * layer.weight.numel())
-        return None if None in counts else sum(counts)
+def storages(tensors):
+    """{place in memory: bytes}: tensors that share a storage, or are views of one, count once."""
+    return {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
 
-    return total(word) and total(word) / total(reference)
+
+def account(step, model):
+    """{"weights_mb", "saved_mb", "state_mb", "peak_mb", "flops"} of a step, in MB (10⁶ bytes): the model's weights,
+    what autograd saves, gradients with the optimizer's state, on CUDA the peak above the weights. Runs the step."""
+    def megabytes(tensors):
+        return sum(storages(tensors).values()) / 1e6
+
+    cuda = step.bench.machine.device.type == "cuda"
+    before = torch.cuda.memory_allocated() if cuda else 0
+    row = {"weights_mb": megabytes([*model.parameters(), *model.buffers()]), "flops": flops_of(step)}
+    if step.optimizer is not None:
+        row["saved_mb"] = saved_bytes(model, step) / 1e6
+        state = [t for values in step.optimizer.state.values() for t in values.values()]
+        row["state_mb"] = megabytes(state) + megabytes(step.optimizer.state)   # a gradient for each that is trained
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        row["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6
+    return row
 
 
 def time_rounds(steps, rounds, n, device):
@@ -151,163 +160,82 @@ def time_rounds(steps, rounds, n, device):
     return times
 
 
-def ratios(times, name, reference):
-    """Round by round, how many times the reference's time."""
-    return [t / r for t, r in zip(times[name], times[reference])]
-
-
-def alike(times, reference):
-    """{name: slower names that cannot be told from it}: the mean of the paired differences of their ratios to the
-    reference lies within two of its standard errors."""
-    order, found = sorted(times, key=lambda name: statistics.median(times[name])), {}
-    for a, b in itertools.combinations(order, 2):
-        d = [p - q for p, q in zip(ratios(times, b, reference), ratios(times, a, reference))]
-        if abs(statistics.mean(d)) <= 2 * statistics.stdev(d) / len(d) ** 0.5:
-            found.setdefault(a, []).append(b)
-    return found
-
-
-def sizes(word, model):
-    """weights_mb: MB (10⁶ bytes) of parameters and buffers, a shared storage once. file_bytes: of the adapter file; for
-    full of the blocks' weights; None where nothing is to be stored."""
-    storages = [t.untyped_storage() for t in [*model.parameters(), *model.buffers()]]
-    weights_mb = sum({s.data_ptr(): s.nbytes() for s in storages}.values()) / 1e6
-    n_bytes = sum(p.numel() * p.element_size() for p in model.blocks.parameters()) if word == "full" else None
-    if word != "full" and hasattr(model, "adaptation"):
-        with tempfile.TemporaryDirectory() as folder:
-            save_adapter(model, Path(folder) / "adapter.pt")
-            n_bytes = (Path(folder) / "adapter.pt").stat().st_size
-    return {"weights_mb": weights_mb, "file_bytes": n_bytes}
-
-
-def memory(model, bench):
-    """What two steps need at their peak above the weights, in MB: activations, gradients, the optimizer's state and
-    what is only there for a moment. None where the system does not tell. For a process from memory_of."""
-    def resident(key):   # a line of Linux's own account, "VmRSS:   1234 kB"
-        return 1024 * int(Path("/proc/self/status").read_text().partition(key + ":")[2].split()[0])
-
-    make_step(model, bench)()   # loads code, which would count as memory of the first step
+def measure(bench, references, words, rounds, n):
+    """One dict a row: the references, then words, and for inference the last word's model merged."""
+    rows, steps, model = {}, {}, None
+    for word in tqdm([*references, *words, *["merged"] * bench.inference], "set up", leave=False, disable=None):
+        svd.forget()   # each row pays for its own
+        began = time.perf_counter()
+        model = merge(copy.deepcopy(model)) if word == "merged" else row_model(word, bench)
+        rows[word], steps[word] = {"method": word, "setup_s": time.perf_counter() - began}, Step(model, bench)
+        rows[word] |= account(steps[word], model)
+        if bench.machine.compile:
+            steps[word].forward = torch.compile(model)
     svd.forget()
-    gc.collect()
-    cuda = bench.machine.device.type == "cuda"
-    try:   # the peak starts anew
-        torch.cuda.reset_peak_memory_stats() if cuda else Path("/proc/self/clear_refs").write_text("5")
-        before = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
-        time_rounds({"": make_step(model, bench)}, 1, 1, bench.machine.device)
-        return ((torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")) - before) / 1e6
-    except (OSError, IndexError):   # no such file or line
-        return None
+    times = time_rounds(steps, rounds, n, bench.machine.device)
+    for word, row in rows.items():
+        row |= {"ms": statistics.median(times[word]), "times_ms": times[word],
+                "x_flops": row["flops"] / rows[references[-1]]["flops"]}
+        row |= {f"x_{r}": [t / u for t, u in zip(times[word], times[r])] for r in references}
+    return list(rows.values())
 
 
-def memory_of(word, argv):
-    """MB of a row's step, from a fresh process; None where it fails or cannot tell. There glibc gives every tensor's
-    memory back at once: else a step would fill unseen what the SVD left, and the peak would vary from run to run."""
-    child = subprocess.run([sys.executable, "-m", "svmini.bench", *argv, "--memory-of", word], capture_output=True,
-                           text=True, cwd=Path(__file__).parent.parent,
-                           env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"})
-    print(child.stderr, end="", file=sys.stderr)   # why, where it fails
-    return json.loads("null" if child.returncode else child.stdout)
-
-
-def table_lines(rows, references, unit):
-    """The table as lines of Markdown, every column as wide as its widest cell."""
-    cells = [["method", f"ms/{unit}", *(f"x {r}" for r in references), f"predicted x {references[-1]}",
-              f"{unit} MB", "weights MB", "set-up s", "file"]]
+def table_lines(rows, references, inference):
+    """The table as lines of Markdown, with the columns that there are here."""
+    columns = {"weights_mb": "weights MB", "saved_mb": "saved MB", "state_mb": "gradients, AdamW MB",
+               "peak_mb": "peak MB", "setup_s": "set-up s"}
+    columns = {key: title for key, title in columns.items() if key in rows[0]}
+    cells = [["method", "ms/forward" if inference else "ms/step", *(f"x {r}" for r in references),
+              f"products x {references[-1]}", *columns.values()]]
     for row in rows:
-        optional = [(row["predicted"], 2), (row["step_mb"], 1), (row["weights_mb"], 1), (row["setup_s"], 1)]
-        cells.append([row["method"], f"{row['ms']:.1f}", *(mean_and_spread(row[f"x_{r}"], 2) for r in references),
-                      *("-" if v is None else f"{v:.{digits}f}" for v, digits in optional), size(row["file_bytes"])])
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    cells.insert(1, ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])])
-    return ["| " + " | ".join([c[0].ljust(widths[0]), *map(str.rjust, c[1:], widths[1:])]) + " |" for c in cells]
+        cells.append([row["method"], f"{row['ms']:.1f}", *(spread(row[f"x_{r}"], ".2f") for r in references),
+                      f"{row['x_flops']:.2f}", *(f"{row[key]:.1f}" for key in columns)])
+    return markdown(cells, left=("method",))
 
 
 def command(argv):
-    p = Parser("-m svmini.bench", description="What a training step of each method costs.")
+    p = Parser("-m svmini.bench", "What a training step of each method costs.")
     a = p.add_argument
-    a("--model", default="tiny", choices=tuple(MODELS), help="whose blocks, with random weights")
-    a("--layers", type=number(1), metavar="N", help="blocks (default: as many as the model has)")
-    a("--batch", type=number(1), metavar="N", help="sequences in a batch (default: by model)")
-    a("--tokens", type=number(1), metavar="N", help="tokens in a sequence (default: by model)")
-    a("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
-    a("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of autocast")
-    a("--methods", nargs="+", default=WORDS, metavar="M", help="words beside frozen and full (default: every method)")
-    a("--targets", default=",".join(TARGETS), metavar="A,B", help="layers to adapt, where a word names none")
-    a("--rounds", type=number(3), default=5, metavar="N", help="every row once a round")
-    a("--steps", type=number(1), default=2, metavar="N", help="steps of a row in a round")
+    a("--model", default="tiny", choices=tuple(MODELS), help="whose blocks, with random weights (tiny)")
+    a("--layers", type=number(1), metavar="N", help="blocks (as many as the model has)")
+    a("--batch", type=number(1), metavar="N", help="sequences in a batch (by model)")
+    a("--tokens", type=number(1), metavar="N", help="tokens in a sequence (by model)")
+    a("--methods", nargs="+", default=WORDS, metavar="M", help="beside frozen and full (the main ones); all: every one")
+    a("--targets", type=names, metavar="A,B", help="layers to adapt, where a word names none (all)")
+    a("--rounds", type=number(2), default=5, metavar="N", help="every row once a round (5)")
+    a("--steps", type=number(1), default=2, metavar="N", help="steps of a row in a round (2)")
     a("--inference", action="store_true", help="the forward pass alone, also of a merged model")
-    a("--no-memory", action="store_true", help="leave out memory, which takes a process a row")
-    a("--seed", type=number(0), default=0, metavar="N", help="of weights and input")
+    a("--compile", action="store_true", help="through torch.compile")
     a("--json", metavar="FILE", help="also write the numbers there")
-    a("--memory-of", help=argparse.SUPPRESS)   # in a fresh process: print this row's step MB and no more
+    add_machine(p)
     flags = p.parse_args(argv)
     layers, *block, batch, tokens = MODELS[flags.model]
-    machine = pick_machine(flags.device, flags.dtype)
-    if flags.json is not None and (Path(flags.json).is_dir() or not Path(flags.json).absolute().parent.is_dir()):
-        raise ValueError(f"--json {flags.json} is no place for a file: give a file in a folder that is there")
-    torch.manual_seed(flags.seed)
+    machine = pick_machine(flags.device, flags.dtype, flags.compile)
+    torch.manual_seed(0)
     base = Blocks(flags.layers or layers, *block)
     x = torch.randn(flags.batch or batch, flags.tokens or tokens, base.head.in_features).to(machine.device)
-    y = torch.arange(len(x), device=machine.device) % 2
-    bench = Bench(base, x, y, machine, tuple(t for t in flags.targets.split(",") if t), flags.inference)
+    bench = Bench(base, x, torch.arange(len(x), device=machine.device) % 2, machine, flags.inference)
     references = ("base",) if flags.inference else ("frozen", "full")
-    words = list({same_method(w): w for w in flags.methods if w not in references}.values())
-    if flags.inference and not set(words) - set(PLAIN):
-        raise ValueError("--inference merges a method: give at least one in --methods")
-    find_linears(base, bench.targets)
-    for method, options, targets in map(parse_method, words):   # before the work starts
-        if method not in PLAIN:
-            fitting_linears(base, method, targets or bench.targets, options)
-    if flags.memory_of is not None:
-        last = flags.memory_of == "merged"
-        model = row_model(words[-1] if last else flags.memory_of, bench)
-        print(json.dumps(memory(merge(model) if last else model, bench)))
-        return
+    find_linears(base, flags.targets or base.targets)
+    words = compare.all_words(WORDS, base, flags.targets) if flags.methods == ["all"] else flags.methods
+    words = [word for word in compare.plan(words, base, flags.targets, {}) if word not in references]
+    if flags.inference and not set(words) - {"full", "head"}:
+        raise InputError("--inference merges a method: give at least one in --methods")
+    about = {"model": flags.model, "layers": len(base.blocks), "width": x.shape[2], "batch": len(x),
+             "tokens": x.shape[1], "rounds": flags.rounds, "steps": flags.steps, "machine": machine.reason,
+             "torch": torch.__version__}
+    print(", ".join(f"{key} {value}" for key, value in about.items()) + "\n")
     try:
-        measure(bench, references, words, flags, argv)
+        rows = measure(bench, references, words, flags.rounds, flags.steps)
     except KeyboardInterrupt:
         raise Stopped("stopped: nothing was written") from None
-
-
-def measure(bench, references, words, flags, argv):
-    """Measure and print; the rows are references, then words, and for inference the last word's model merged."""
-    (B, T, d), unit, rows, steps = bench.x.shape, "forward" if bench.inference else "step", {}, {}
-    print(f"{bench.machine.reason}; torch {torch.__version__}\n{flags.model}: "
-          f"{len(bench.base.blocks)} blocks of width {d}, {B} x {T} tokens, {flags.rounds} rounds of {flags.steps}\n")
-    for word in tqdm([*references, *words, *["merged"] * bench.inference], "set up", leave=False, disable=None):
-        svd.forget()
-        began = time.perf_counter()
-        model = merge(copy.deepcopy(model)) if word == "merged" else row_model(word, bench)
-        rows[word] = {"method": word, "setup_s": None if word in PLAIN else time.perf_counter() - began,
-                      "predicted": predicted(word, references[-1], bench), "step_mb": None, **sizes(word, model)}
-        steps[word] = make_step(model, bench)
-    svd.forget()
-    times = time_rounds(steps, flags.rounds, flags.steps, bench.machine.device)
-    del steps, model   # the memory is for the processes
-    for word in tqdm([] if flags.no_memory else rows, "memory", leave=False, disable=None):
-        rows[word]["step_mb"] = memory_of(word, argv)
-    for word, row in rows.items():
-        row |= {"ms": statistics.median(times[word]), "times_ms": times[word],
-                **{f"x_{r}": ratios(times, word, r) for r in references}}
-    same = alike(times, references[-1])
-    print(*table_lines(rows.values(), references, unit), "", sep="\n")
+    print(*table_lines(rows, references, flags.inference), "", sep="\n")
     print("ms: median of the rounds; x: mean ± standard deviation of the ratios, round by round\n"
-          "set-up s: each row with an SVD of its own; a comparison does it once for all")
-    if not flags.no_memory and any(row["step_mb"] is None for row in rows.values()):
-        print(f"{unit} MB: - where the system does not tell (Linux and CUDA do), or the process for it failed")
-    print("cannot be told apart, within 2 standard errors of the paired difference:" + ("" if same else " none"),
-          *(f"  {word} ~ {', '.join(slower)}" for word, slower in same.items()), sep="\n")
+          "products: of matrices, counted in a step; saved: what autograd keeps for the backward pass\n"
+          "set-up: each row with an SVD of its own; a comparison does it once for all")
     if flags.json is not None:
-        about = vars(flags) | {"layers": len(bench.base.blocks), "batch": B, "tokens": T, "methods": words, "width": d,
-                               "machine": bench.machine.reason, "threads": torch.get_num_threads(),
-                               "torch": torch.__version__}
-        files.write_text(flags.json, json.dumps({"about": about, "rows": list(rows.values()), "alike": same},
-                                                indent=1, ensure_ascii=False) + "\n")
-
-
-def main(argv=None):
-    return run(command, argv)
+        files.write_text(flags.json, json.dumps({"about": about, "rows": rows}, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(command, sys.argv[1:]))

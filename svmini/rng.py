@@ -12,4 +12,4 @@ def generator(*key):
     that, batches are functions of (data, seed, step), and a resumed run meets the same ones.
     """
     digest = hashlib.blake2b("/".join(map(str, key)).encode("utf-8"), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little"))

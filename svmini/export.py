@@ -1,0 +1,43 @@
+"""python -m svmini.export: merge an adapter into its base and write plain weights, in our naming or another."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from . import files
+from .adapting import merge
+from .command_line import Parser, number, run
+from .errors import InputError
+from .model_file import about_made_of, class_of, load_adapted, save_model
+
+NAMINGS = {"GPT": "gpt2", "ViT": "torchvision"}
+
+
+def command(argv):
+    p = Parser("-m svmini.export", "Merge an adapter into its base: plain weights, as fast as the base.")
+    p.add_argument("--init", required=True, metavar="MODEL", help="a model file, a file of weights, or a name")
+    p.add_argument("--adapter", required=True, metavar="FILE", help="the adapter file that goes with it")
+    p.add_argument("--format", default="svmini", choices=("svmini", "gpt2", "torchvision"), metavar="NAME",
+                   help="whose naming: svmini | gpt2 | torchvision")
+    p.add_argument("--out", metavar="FILE", help="the file to write (merged.pt beside the adapter)")
+    p.add_argument("--n-head", type=number(1), metavar="N", help="of weights whose heads are not of width 64")
+    flags = p.parse_args(argv)
+    model_class = class_of(flags.init)
+    if flags.format not in ("svmini", NAMINGS[model_class.__name__]):
+        raise InputError(f"--format {flags.format} does not go with a {model_class.__name__}: "
+                         f"it is svmini or {NAMINGS[model_class.__name__]}")
+    model, about = load_adapted(flags.init, flags.adapter, model_class, flags.n_head)
+    merge(model)
+    path = Path(flags.out or Path(flags.adapter).parent / "merged.pt")
+    if flags.format == "svmini":
+        save_model(path, model, about_made_of(about, {"data": about.get("data")}))
+    else:
+        state = model.to_gpt2() if flags.format == "gpt2" else model.to_torchvision()
+        files.write_whole(path, lambda file: torch.save(state, file))
+    print(f"{path}: the merged model" + ("" if flags.format == "svmini" else
+          f", in {flags.format}'s naming, which does not tell its {model.config.n_head} heads"))
+
+
+if __name__ == "__main__":
+    sys.exit(run(command, sys.argv[1:]))

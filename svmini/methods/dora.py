@@ -1,0 +1,59 @@
+"""DoRA (Liu et al., arXiv 2402.09353): LoRA for the direction of each output row, and a magnitude of its own.
+
+    W = m ⊙ V / ‖V‖,   V = W0 + (α/r) B A,   ‖V‖ the norm of each output row   (equation 5)
+
+Trained: m (d_out), A (r, d_in) and B (d_out, r), r (d_in + d_out) + d_out numbers a matrix.
+Start: m = ‖W0‖ row by row, A uniform in ±1/√d_in, B = 0, so W = W0.
+The norm is held constant in the backward pass (section 4.3) unless detach_norm=False. The paper writes columns of
+its transposed W; the counts that are printed for Gemma say rows of the nn.Linear weight.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ..errors import InputError
+from .adapter import Adapter, add_update
+from .lora import LoRA
+
+
+class DoRA(Adapter):
+    examples = ("rank=8", "rank=1")
+    test_options = ("rank=4,alpha=2,detach_norm=False",)
+    lr = 5e-3
+
+    def __init__(self, linear, *, rank=8, alpha=None, detach_norm=True):
+        super().__init__(linear, rank=rank, alpha=alpha, detach_norm=detach_norm)
+        W0 = linear.weight.detach()
+        if not W0.any(dim=1).all():
+            raise InputError("it has an output row of zeros, which has no direction: adapt other layers")
+        self.scale = (rank if alpha is None else alpha) / rank
+        self.keep("W0", W0)
+        self.m = nn.Parameter(W0.norm(dim=1))                   # (d_out,)
+        self.A = nn.Parameter(W0.new_empty(rank, self.in_features))
+        nn.init.uniform_(self.A, -self.in_features ** -0.5, self.in_features ** -0.5)
+        self.B = nn.Parameter(W0.new_zeros(self.out_features, rank))
+
+    def ratio(self):
+        """m / ‖W0 + (α/r) B A‖, row by row (d_out,)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.options["detach_norm"]):
+            norm = (self.W0 + self.scale * self.B @ self.A).norm(dim=1)
+        return self.m / norm
+
+    @property
+    def weight(self):
+        return self.ratio()[:, None] * (self.W0 + self.scale * self.B @ self.A)     # (d_out, d_in)
+
+    def forward(self, x):
+        y = add_update(x, self.W0, None, F.linear(x, self.A), self.scale * self.B)   # V x
+        return y * self.ratio() if self.bias is None else torch.addcmul(self.bias, y, self.ratio())
+
+    @staticmethod
+    def count(d_out, d_in, *, rank=8, alpha=None, detach_norm=True):
+        return rank * (d_in + d_out) + d_out
+
+    @staticmethod
+    def check(d_out, d_in, *, rank=8, alpha=None, detach_norm=True):
+        LoRA.check(d_out, d_in, rank=rank, alpha=alpha)
+        if not isinstance(detach_norm, bool):
+            raise ValueError(f"detach_norm must be True or False, not {detach_norm!r}")

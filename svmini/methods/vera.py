@@ -1,0 +1,64 @@
+"""VeRA (Kopiczko et al., arXiv 2310.11454): one random pair of matrices for all layers, scaled by trained vectors.
+
+    W = W0 + Λ_b B Λ_d A                                                   (equation 2)
+
+Trained: b (d_out) and d (r), d_out + r numbers a matrix; r may exceed the matrix's own rank.
+Start: b = 0, so W = W0; d = d_init.
+A (r, d_in) and B (d_out, r) are random and frozen, Kaiming-uniform in ±√(6/fan_in). Every layer takes the first
+columns of one A and the first rows of one B, drawn on the CPU from `seed` in an order that does not depend on which
+other layers there are: the pair is made again from the seed and never stored. fan_in is the layer's own, so that A's
+scale follows its width; each layer holds its slice of the pair as a copy.
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from .adapter import Adapter, is_number, whole
+
+
+class VeRA(Adapter):
+    examples = ("rank=256", "rank=16")
+    test_options = ("rank=16,seed=3,d_init=0.5",)
+    lr = 5e-2
+
+    def __init__(self, linear, *, rank=256, seed=0, d_init=0.1):
+        super().__init__(linear, rank=rank, seed=seed, d_init=d_init)
+        W0 = linear.weight.detach()
+        self.keep("W0", W0)
+        A = uniform(2 * seed, self.in_features, rank).t() * (6 / self.in_features) ** 0.5
+        B = uniform(2 * seed + 1, self.out_features, rank) * (6 / rank) ** 0.5
+        self.keep("A", A.to(W0).contiguous())                                       # (r, d_in)
+        self.keep("B", B.to(W0))                                                    # (d_out, r)
+        self.b = nn.Parameter(W0.new_zeros(self.out_features))
+        self.d = nn.Parameter(W0.new_full((rank,), d_init))
+
+    @property
+    def weight(self):
+        return self.W0 + (self.b[:, None] * self.B * self.d) @ self.A               # (d_out, d_in)
+
+    def forward(self, x):
+        flat = x.reshape(-1, self.in_features)                                      # (T, d_in)
+        update = F.linear(F.linear(flat, self.A) * self.d, self.B)                  # (T, d_out)
+        y = F.linear(flat, self.W0, self.bias).addcmul_(update, self.b)             # in place: see add_update
+        return y.view(*x.shape[:-1], self.out_features)
+
+    @staticmethod
+    def count(d_out, d_in, *, rank=256, seed=0, d_init=0.1):
+        return d_out + rank
+
+    @staticmethod
+    def check(d_out, d_in, *, rank=256, seed=0, d_init=0.1):
+        whole("rank", rank, 1)
+        whole("seed", seed, 0)
+        if not is_number(d_init) or d_init == 0:
+            raise ValueError(f"d_init must be a number other than 0 (from 0 nothing would learn), not {d_init!r}")
+
+
+@lru_cache(maxsize=16)
+def uniform(seed, rows, rank):
+    """(rows, rank) in ±1; the first rows of a longer draw are these rows."""
+    g = torch.Generator("cpu").manual_seed(seed)
+    return 2 * torch.rand(rows, rank, generator=g, dtype=torch.float32, device="cpu") - 1

@@ -1,0 +1,107 @@
+"""What the tests of the methods share: their words, shapes that fit, and a way to leave the start."""
+
+import torch
+import torch.nn as nn
+
+from svmini import METHODS
+from svmini.methods import parse_word
+from svmini.methods.adapter import Adapter
+
+EPS = {torch.float32: 1e-5, torch.float64: 1e-10}   # relative to the largest number
+SHAPES = {"square": (16, 16), "wide": (16, 24), "tall": (24, 16)}
+TOKENS = (3, 20, 200)                               # few and many: test_paths.py shows that they take every path
+
+
+def words():
+    """Every case of every method that is registered now, such as "lora:rank=8"."""
+    return [f"{name}:{options}" for name, method in METHODS.items()
+            for options in (*method.examples, *method.test_options)]
+
+
+def fits(word, shape):
+    method, options, _ = parse_word(word)
+    try:
+        METHODS[method].check(*shape, **options)
+    except ValueError:
+        return False
+    return True
+
+
+def shapes_of(word):
+    """The shapes that a word's options fit, of three: square, wide and tall, and larger ones where these are too small.
+    A word that fits none is an error of this file."""
+    for size in (1, 4, 16):
+        fitting = [(size * d_out, size * d_in) for d_out, d_in in SHAPES.values()
+                   if fits(word, (size * d_out, size * d_in))]
+        if fitting:
+            return fitting
+    raise AssertionError(f"{word} fits no shape: give shapes_of one that it fits")
+
+
+def linear(shape="square", dtype=torch.float64, seed=0):
+    d_out, d_in = SHAPES[shape] if isinstance(shape, str) else shape
+    torch.manual_seed(seed)
+    return nn.Linear(d_in, d_out, dtype=dtype)
+
+
+def layer_of(word, shape="square", dtype=torch.float64, moved=True, seed=0):
+    """An adapter on linear(shape, dtype, seed), away from its start unless moved=False."""
+    method, options, _ = parse_word(word)
+    layer = METHODS[method](linear(shape, dtype, seed), **options)
+    return move(layer) if moved else layer
+
+
+def weight_of(layer):
+    return layer.weight.detach()
+
+
+def tokens(T, d, dtype=torch.float64, seed=1):
+    return torch.randn(T, d, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def noise(model, seed=2, share=0.3):
+    """For every trained parameter of a model or adapter, in order, a random tensor of its shape. An adapter's are as
+    large as moves its weight by at most `share` of its length: 1 is much for one method and little for another."""
+    generator, drawn = torch.Generator().manual_seed(seed), {}
+    for part in model.modules():
+        own = trained(part) if isinstance(part, Adapter) else []
+        unscaled = [torch.randn(p.shape, generator=generator).to(p) for p in own]
+        size = size_that_moves(part, own, unscaled, share) if own else 0
+        drawn |= {id(p): size * d for p, d in zip(own, unscaled)}
+    return [drawn[id(p)] if id(p) in drawn else 0.1 * torch.randn(p.shape, generator=generator).to(p)
+            for p in trained(model)]
+
+
+@torch.no_grad()
+def size_that_moves(layer, parameters, direction, share):
+    """The power of two by which a direction moves the layer's weight by `share` of its length, or half as much."""
+    start, W, size, moved = [p.clone() for p in parameters], layer.weight.clone(), 2.0 ** -12, 0
+    while moved <= share:                                   # from below: a large Q of BOFT is the identity again
+        size *= 2
+        for p, s, d in zip(parameters, start, direction):
+            p.copy_(s + size * d)
+        moved = (layer.weight - W).norm() / W.norm()
+        assert size < 1e6, f"{type(layer).__name__}'s weight hardly changes, however far its numbers are moved"
+    for p, s in zip(parameters, start):
+        p.copy_(s)
+    return size / 2
+
+
+@torch.no_grad()
+def move(model, seed=2, share=0.3):
+    """Move every trained number away from the start, where most mistakes cannot be seen; returns the model."""
+    for p, d in zip(trained(model), noise(model, seed, share)):
+        p += d
+    return model
+
+
+def assert_close(got, expected, eps=1e-12):
+    """Equal to eps of the largest expected number."""
+    got, expected = got.detach(), expected.detach()
+    assert got.shape == expected.shape and got.dtype == expected.dtype
+    error = (got - expected).abs().max() / expected.abs().max() if got.numel() else 0
+    assert error <= eps, f"off by {error:.1e} of the largest number, {eps:.0e} allowed"

@@ -1,0 +1,171 @@
+"""What the papers of LoRA, PiSSA, DoRA, VeRA and BOFT say of their methods, beside counts and gradients."""
+
+from itertools import combinations
+
+import pytest
+import torch
+import torch.nn as nn
+
+from layers import SHAPES, assert_close, layer_of, linear, tokens, weight_of
+from svmini import METHODS, adapt
+
+
+# ---- LoRA, PiSSA, DoRA ----
+
+@pytest.mark.parametrize("alpha, scale", [(None, 1.0), (4, 1.0), (8, 2.0), (1, 0.25), (3.0, 0.75)])
+@pytest.mark.parametrize("method", ("lora", "dora"))
+def test_the_update_is_scaled_by_alpha_over_rank(method, alpha, scale):
+    """W0 + (α/r) B A; DoRA: m ⊙ (W0 + (α/r) B A) / its row norms."""
+    layer = layer_of(f"{method}:rank=4,alpha={alpha}", "wide")
+    V = linear("wide").weight + scale * layer.B @ layer.A
+    assert_close(layer.weight, V if method == "lora" else layer.m[:, None] * V / V.norm(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize("method", ("lora", "dora"))
+def test_a_starts_uniform_within_one_over_the_root_of_d_in(method):
+    layer, bound = layer_of(f"{method}:rank=50", (300, 400), moved=False), 400 ** -0.5
+    assert 0.99 * bound < layer.A.max() <= bound and -bound <= layer.A.min() < -0.99 * bound
+    assert abs(layer.A.std() / (bound / 3 ** 0.5) - 1) < 0.02 and abs(layer.A.mean()) < 0.02 * bound
+    assert not layer.B.any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", (1, 4, 15))
+def test_pissa_takes_the_best_approximation_out_and_gives_it_to_a_and_b(shape, rank):
+    layer, W0 = layer_of(f"lora:rank={rank},init=pissa", shape, moved=False), weight_of(linear(shape))
+    A, B = layer.A.detach(), layer.B.detach()
+    assert_close(layer.W + B @ A, W0)
+    # Eckart and Young: no matrix of rank r is nearer, in either norm
+    S = torch.linalg.svdvals(W0)
+    assert_close((W0 - B @ A).norm(), S[rank:].norm())
+    assert_close(torch.linalg.matrix_norm(W0 - B @ A, 2), S[rank])
+    assert_close(A @ A.t(), torch.diag(S[:rank]))               # Σ_r^½ on both sides
+    assert_close(B.t() @ B, torch.diag(S[:rank]))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dora_starts_at_w0_and_its_row_norms_are_m(shape):
+    start, layer, W0 = layer_of("dora:rank=4", shape, moved=False), layer_of("dora:rank=4", shape), linear(shape).weight
+    assert_close(start.weight, W0)
+    assert_close(start.m, W0.square().sum(dim=1).sqrt())
+    W = weight_of(layer)
+    assert_close(W.norm(dim=1), layer.m.abs())
+    with torch.no_grad():
+        layer.A *= 3                                            # direction and size are apart
+    assert_close(layer.weight.norm(dim=1), layer.m.abs())
+    assert (layer.weight - W).abs().max() > 1e-2
+
+
+def test_dora_refuses_a_row_of_zeros_which_has_no_direction_and_adapt_names_the_layer():
+    model = nn.Sequential(linear(), linear(seed=1))
+    with torch.no_grad():
+        model[1].weight[3] = 0
+    with pytest.raises(ValueError, match="1: it has an output row of zeros"):
+        adapt(model, "dora", targets=("0", "1"))
+    assert type(model[0]) is nn.Linear
+
+
+# ---- VeRA ----
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_vera_is_its_equation(shape):
+    """W = W0 + Λ_b B Λ_d A; b = 0 and d = d_init at the start."""
+    start, layer = layer_of("vera:rank=20,d_init=0.3", shape, moved=False), layer_of("vera:rank=20", shape)
+    assert not start.b.any() and (start.d == 0.3).all()
+    assert_close(layer.weight, linear(shape).weight + torch.diag(layer.b) @ layer.B @ torch.diag(layer.d) @ layer.A)
+
+
+def test_veras_pair_does_not_depend_on_which_layers_are_adapted():
+    def model(names):
+        shapes = {"small": (8, 12), "large": (40, 64), "up": (64, 16), "down": (16, 64)}
+        return nn.ModuleDict({name: linear(shapes[name]) for name in names})
+
+    names = ("small", "large", "up", "down")
+    together = adapt(model(names), "vera", targets=names, rank=10, seed=3)
+    backwards = adapt(model(names[::-1]), "vera", targets=names, rank=10, seed=3)
+    for name in names:
+        torch.manual_seed(99)
+        for other in (adapt(model(names), "vera", targets=[name], rank=10, seed=3), backwards):
+            assert torch.equal(other[name].A, together[name].A) and torch.equal(other[name].B, together[name].B)
+
+
+def test_narrower_layers_take_the_first_columns_and_rows():
+    """Of one pair; each scaled by its own fan-in, as Kaiming's bound says."""
+    large, small = layer_of("vera:rank=10", (40, 64)), layer_of("vera:rank=10", (8, 12))
+    assert large.A.shape == (10, 64) and large.B.shape == (40, 10)
+    assert_close(small.A * (12 / 6) ** 0.5, large.A[:, :12] * (64 / 6) ** 0.5, 1e-6)
+    assert_close(small.B, large.B[:8], 0)
+    seeded, square = layer_of("vera:rank=10,seed=1", (8, 12)), layer_of("vera:rank=10", (10, 10))
+    assert not torch.equal(seeded.A, small.A) and not torch.equal(seeded.B, small.B)
+    assert not torch.equal(square.A, square.B.t()) and not torch.equal(square.A, square.B)   # two streams
+    wide = layer_of("vera:rank=100", (500, 1000))
+    for factor, fan_in in ((wide.A, 1000), (wide.B, 100)):
+        bound = (6 / fan_in) ** 0.5
+        assert 0.999 * bound < factor.abs().max() <= bound and abs(factor.std() / (bound / 3 ** 0.5) - 1) < 0.02
+
+
+# ---- BOFT ----
+
+def butterfly(Q, b, d):
+    """R = F_m … F_1 (d, d), written out index by index from the definition; Q (m, d / b, b, b) skew-symmetric."""
+    R = torch.eye(d, dtype=Q.dtype)
+    for i in range(1, len(Q) + 1):
+        stride, chunk = 2 ** (i - 1), b * 2 ** (i - 1)
+        factor = torch.zeros(d, d, dtype=Q.dtype)
+        for c in range(d // chunk):
+            for s in range(stride):                             # the index of the middle axis of (2, stride, b / 2)
+                members = [c * chunk + half * (chunk // 2) + s * (b // 2) + t for half in (0, 1) for t in range(b // 2)]
+                q, identity = Q[i - 1, c * stride + s], torch.eye(b, dtype=Q.dtype)
+                block = (identity + q) @ torch.linalg.inv(identity - q)
+                for k, row in enumerate(members):
+                    for n, column in enumerate(members):
+                        factor[row, column] = block[k, n]
+        R = factor @ R                                          # F_1 acts first
+    return R
+
+
+def skew(layer):
+    """layer.Q (m, d / b, b (b - 1) / 2) as matrices: entry after entry, row after row above the diagonal."""
+    b = layer.b
+    Q = torch.zeros(*layer.Q.shape[:2], b, b, dtype=torch.float64)
+    for n, (i, j) in enumerate(combinations(range(b), 2)):
+        Q[..., i, j] = layer.Q.detach()[..., n]
+        Q[..., j, i] = -layer.Q.detach()[..., n]
+    return Q
+
+
+@pytest.mark.parametrize("shape", [(8, 16), (16, 16), (20, 32)], ids=str)
+@pytest.mark.parametrize("b, m", [(2, 1), (2, 2), (2, 3), (4, 1), (4, 2), (4, 3), (8, 1), (8, 2)])
+def test_boft_rotates_the_transposed_weight(b, m, shape):
+    """As the paper and its code do, R W0ᵀ with R = F_m … F_1: an nn.Linear's weight becomes W0 Rᵀ."""
+    layer, W0 = layer_of(f"boft:block_size={b},factors={m}", shape), weight_of(linear(shape))
+    R = butterfly(skew(layer), b, shape[1])
+    assert_close(R @ R.t(), torch.eye(shape[1], dtype=torch.float64))
+    assert_close(torch.linalg.det(R), torch.tensor(1.0, dtype=torch.float64))
+    W, x = weight_of(layer), tokens(7, shape[1])
+    assert_close(W, (R @ W0.t()).t())
+    assert_close(layer(x), x @ (R @ W0.t()) + layer.bias)
+    assert_close(W @ W.t(), W0 @ W0.t())                        # rotations keep the products of the rows
+    assert (W - W0).norm() > 0.05 * W0.norm()
+    assert (W - W0 @ R).norm() > 0.05 * W0.norm()               # and it is not W0 R
+    reached = (R.abs() > 1e-14).sum(dim=1)
+    assert (reached == b * 2 ** (m - 1)).all()                  # each factor doubles what a number reaches
+    if m == 1:                                                  # block-diagonal: OFT
+        assert not R[torch.block_diag(*[torch.ones(b, b)] * (shape[1] // b)) == 0].any()
+
+
+# ---- random entries, the control ----
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_exactly_k_entries_differ(shape):
+    """W = W0 + E, at k distinct places from a seed."""
+    layer, W0 = layer_of("entries:", shape), weight_of(linear(shape))
+    E = torch.zeros(W0.numel(), dtype=torch.float64)
+    for place, value in zip(layer.where.tolist(), layer.e.detach()):
+        E[place] += value
+    k = METHODS["svft"].count(*SHAPES[shape], off_diagonals=2)
+    assert (weight_of(layer) != W0).sum() == len(set(layer.where.tolist())) == len(layer.e) == k == 16 * 5 - 6
+    assert_close(layer.weight, W0 + E.view_as(W0), 0)
+    again, other = layer_of("entries:", shape, seed=4), layer_of("entries:seed=1", shape)
+    assert torch.equal(again.where, layer.where) and not torch.equal(other.where, layer.where)
+    assert layer_of("entries:off_diagonals=15").where.tolist() == list(range(256))

@@ -1,0 +1,194 @@
+"""The thin SVD that methods share; which order of products is taken; and that both ignore the mode they run in."""
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import svmini.methods.svd
+from layers import SHAPES, TOKENS, assert_close, layer_of, linear, shapes_of, tokens, words
+from svmini import METHODS, adapt
+from svmini.methods import parse_word
+from svmini.methods.svd import apply_factors, forget, thin_svd
+
+
+@pytest.mark.parametrize("dtype, eps", [(torch.float32, 3e-6), (torch.float64, 3e-13)], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES.values(), (1, 5), (5, 1), (3, 200)], ids=str)
+def test_thin_svd(shape, dtype, eps):
+    W, D = tokens(*shape, seed=5).to(dtype), min(shape)
+    U, S, Vt = thin_svd(W)
+    assert (U.shape, S.shape, Vt.shape) == ((shape[0], D), (D,), (D, shape[1]))
+    assert {t.dtype for t in (U, S, Vt)} == {dtype} and all(t.is_contiguous() for t in (U, S, Vt))
+    assert_close((U * S) @ Vt, W, eps)
+    for orthonormal in (U.t() @ U, Vt @ Vt.t()):
+        assert_close(orthonormal, torch.eye(D, dtype=dtype), eps)
+    assert (S[1:] <= S[:-1]).all() and (S >= 0).all()
+    assert (U.gather(0, U.abs().argmax(dim=0, keepdim=True)) > 0).all()
+
+
+@pytest.mark.parametrize("flip", (-1.0, 1.0))
+def test_signs_do_not_depend_on_what_lapack_returns(flip, monkeypatch):
+    """Another machine's library may return any of the signs."""
+    W, svd = linear("tall").weight, torch.linalg.svd
+    expected = thin_svd(W)
+
+    def other(W, full_matrices):
+        U, S, Vt = svd(W, full_matrices=full_matrices)
+        sign = torch.where(torch.arange(len(S)) % 2 == 0, flip, -flip)
+        return U * sign, S, sign[:, None] * Vt
+
+    monkeypatch.setattr(torch.linalg, "svd", other)
+    monkeypatch.setattr(svmini.methods.svd, "_known", {})
+    assert all(torch.equal(a, b) for a, b in zip(thin_svd(W), expected))
+
+
+def test_a_weight_is_decomposed_once_and_after_that_not_again(monkeypatch):
+    calls, svd = [], torch.linalg.svd
+    monkeypatch.setattr(svmini.methods.svd, "_known", {})
+    monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: calls.append(1) or svd(*a, **k))
+    base = linear("wide")
+    first = thin_svd(base.weight)
+    for again in (thin_svd(base.weight), thin_svd(base.weight.detach().clone())):
+        assert all(torch.equal(a, b) for a, b in zip(first, again))
+    for word in ("svfit:", "svfit:energy=0.9", "svft:", "svft:rank=3,off_diagonals=1", "lora:init=pissa"):
+        layer_of(word, "wide")
+    assert len(calls) == 1
+    forget()                                                # as in another process
+    assert all(torch.equal(a, b) for a, b in zip(first, thin_svd(base.weight))) and len(calls) == 2
+    assert thin_svd(base.weight.float())[0].dtype == torch.float32 and len(calls) == 3
+    thin_svd(base.weight.view(24, 16))                      # the same bytes in another shape
+    with torch.no_grad():
+        base.weight[3, 5] += 1e-9                           # and another matrix
+    thin_svd(base.weight)
+    assert len(calls) == 5
+
+
+def test_what_is_trained_does_not_leak_into_the_cache():
+    before = [t.clone() for t in thin_svd(linear().weight)]
+    for word in ("svfit:", "svfit:rank=4", "svft:", "svft:rank=16", "lora:init=pissa,rank=4"):
+        layer = layer_of(word)
+        layer(tokens(3, 16)).sum().backward()
+        torch.optim.SGD(layer.parameters(), lr=1.0).step()
+    assert all(torch.equal(a, b) for a, b in zip(before, thin_svd(linear().weight)))
+
+
+# ---- the order of products ----
+
+# how many F.linear calls a path takes: 1 the weight is built, 2 a factor is folded (or the core is a diagonal), 3 none
+PATHS = {("plain", "square"): (2, 2, 1), ("plain", "wide"): (2, 2, 1), ("plain", "tall"): (2, 2, 1),
+         ("banded", "square"): (3, 1, 1), ("banded", "wide"): (3, 2, 1), ("banded", "tall"): (3, 2, 1)}
+
+
+@pytest.mark.parametrize("pattern, shape", PATHS)
+def test_the_contract_takes_every_path_of_apply_factors(pattern, shape, monkeypatch):
+    layer, calls, taken = layer_of(f"svft:pattern={pattern}", shape), [], []
+
+    def recorded(x, weight, bias=None):
+        calls.append(weight.shape)
+        return F.linear(x, weight, bias)
+
+    monkeypatch.setattr(svmini.methods.svd, "F", type("Recorder", (), {"linear": staticmethod(recorded)}))
+    for T in TOKENS:
+        calls.clear()
+        layer(tokens(T, layer.in_features))
+        taken.append(len(calls))
+    assert tuple(taken) == PATHS[pattern, shape]
+
+
+def flops(forward, T, d_in, *trained):
+    """Products of a step, forward and backward to x and what is trained."""
+    x = torch.randn(T, d_in, dtype=torch.float64, requires_grad=True)
+    in_place = {torch.ops.aten.addmm_: lambda y, h, Bt, **rest: 2 * h[0] * h[1] * Bt[1]}    # torch overlooks it
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        forward(x, *trained).sum().backward()
+    return counter.get_total_flops()
+
+
+MANY = (4, 12, 16, 17, 24, 32, 33, 64, 100, 500)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 64), (64, 16), (16, 20), (20, 16), (24, 16), (16, 40)], ids=str)
+@pytest.mark.parametrize("kind", ("diagonal", "any"))
+def test_no_exact_order_is_cheaper_than_apply_factors(kind, shape):
+    U, S, Vt = thin_svd(linear(shape).weight)
+    core = (S if kind == "diagonal" else torch.diag(S) + 0.1).requires_grad_()
+    if kind == "diagonal":
+        orders = [lambda x, s: F.linear(x, (U * s) @ Vt), lambda x, s: F.linear(F.linear(x, Vt) * s, U)]
+    else:
+        orders = [lambda x, C: F.linear(x, U @ (C @ Vt)), lambda x, C: F.linear(x, (U @ C) @ Vt),
+                  lambda x, C: F.linear(F.linear(F.linear(x, Vt), C), U),
+                  lambda x, C: F.linear(F.linear(x, C @ Vt), U), lambda x, C: F.linear(F.linear(x, Vt), U @ C)]
+    for T in MANY:
+        taken = flops(lambda x, c: apply_factors(x, U, c, Vt, None), T, shape[1], core)
+        assert taken == min(flops(order, T, shape[1], core) for order in orders)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 64), (64, 16), (20, 16)], ids=str)
+@pytest.mark.parametrize("options", ("pattern=plain", "off_diagonals=1"))
+@pytest.mark.parametrize("rank", (2, 5, 8, 12, 15, 16))
+def test_neither_of_two_orders_is_cheaper_than_svfts_beside_w0(rank, options, shape):
+    """W = W0 + U M Vᵀ built, or W0 x plus a thin update, for a rank and for a random basis (where D = 16 as well)."""
+    layer = layer_of(f"svft:{options},rank={rank},basis=random", shape)
+    for T in MANY:
+        taken, costs = flops(layer, T, shape[1]), []
+        for build in (True, False):
+            layer.build_is_cheaper = lambda T, build=build: build
+            costs.append(flops(layer, T, shape[1]))
+        del layer.build_is_cheaper
+        assert taken == min(costs)
+
+
+# ---- modes ----
+
+@pytest.mark.parametrize("mode", (lambda: torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode),
+                         ids=("autocast", "inference_mode"))
+@pytest.mark.parametrize("word", ("lora:rank=4,init=pissa", "svfit:", "svft:", "svft:basis=random", "dora:", "vera:"))
+def test_what_is_built_in_a_mode_starts_exactly_and_can_be_trained(word, mode):
+    """PiSSA's start was off by 6e-3 in bf16, and factors that inference mode had made could not be trained with."""
+    method, options, _ = parse_word(word)
+    forget()
+    svmini.methods.svft.orthonormal.cache_clear()
+    svmini.methods.vera.uniform.cache_clear()
+    model, tall = nn.ModuleDict({"query": linear(dtype=torch.float32)}), linear("tall")
+    with mode():
+        layer = adapt(model, method, targets=("query",), **options).query
+        METHODS[method](tall, **options)
+    assert_close(layer.weight, linear(dtype=torch.float32).weight, 1e-6)
+    for later in (layer, layer_of(word, "tall")):           # another layer, by what the mode left in the caches
+        later(tokens(5, 16).to(later.bias.dtype).requires_grad_()).sum().backward()
+        torch.optim.SGD(later.parameters(), lr=0.1).step()
+
+
+@pytest.mark.parametrize("word", words())
+def test_what_is_drawn_follows_the_cpu_and_its_own_dtype(word):
+    """Whatever the default device and dtype say."""
+    method, options, _ = parse_word(word)
+    for shape in shapes_of(word)[:2]:
+        base, x = linear(shape, torch.float32), tokens(5, shape[1], torch.float32)
+
+        def made():
+            svmini.methods.svft.orthonormal.cache_clear()
+            svmini.methods.vera.uniform.cache_clear()
+            forget()
+            torch.manual_seed(3)
+            layer = METHODS[method](base, **options)
+            return [*layer.parameters(), *layer.buffers(), layer.weight, layer(x)]
+
+        expected = made()
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        try:
+            got = made()
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
+        for a, b in zip(got, expected):
+            assert torch.equal(a, b) and a.dtype == b.dtype
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_float32_weight_is_decomposed_in_float64(shape):
+    W = tokens(*SHAPES[shape], seed=5).float()
+    for single, double in zip(thin_svd(W), thin_svd(W.double())):
+        assert_close(single.double(), double, 1e-7)

@@ -1,0 +1,320 @@
+"""Bad input: one line that says what would be right, exit code 2, nothing written. Mistakes of ours: a traceback."""
+
+import argparse
+
+import pytest
+import torch
+
+import train_gpt
+import train_vit
+from svmini import GPT, METHODS, GPTConfig, ViT, ViTConfig, adapt, command_line, export, files, generate, predict
+from svmini import save_adapter
+from svmini.data import glyphs, text
+from svmini.data.questions import Arithmetic
+from svmini.errors import InputError, MissingFile
+from svmini.methods import parse_word, same_word
+from svmini.methods.lora import LoRA
+from svmini.model_file import save_model
+from svmini.training import compare, pretrain
+from svmini.training.loop import Diverged, Stopped
+
+SIZES = {"n_layer": 1, "n_head": 2, "d_model": 16}
+MAINS = {"gpt": train_gpt.main, "vit": train_vit.main} | {
+    name: (lambda argv, tool=tool: command_line.run(tool.command, argv))
+    for name, tool in (("generate", generate), ("predict", predict), ("export", export))}
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory):
+    """Files of every kind that can be handed in by mistake; their folder is FILES in the tables below."""
+    folder = tmp_path_factory.mktemp("files of all kinds ü")
+    torch.manual_seed(0)
+    vit, gpt = ViT(ViTConfig(24, 6, 1, 34, **SIZES)), GPT(GPTConfig(Arithmetic.vocab_size, Arithmetic.length, **SIZES))
+    save_model(folder / "vit.pt", vit, {"data": "glyphs A"})
+    save_model(folder / "nameless-vit.pt", vit, {})
+    save_model(folder / "arithmetic.pt", gpt, {"data": "arithmetic +", "tokenizer": "arithmetic"})
+    save_model(folder / "nameless.pt", gpt, {})
+    save_model(folder / "text.pt", GPT(GPTConfig(256, 128, **SIZES)), {"tokenizer": [f"{b:02x}" for b in range(256)]})
+    torch.save(gpt.to_gpt2(), folder / "raw-gpt.pt")
+    torch.save(vit.to_torchvision(), folder / "raw-vit.pt")
+    torch.save({"kind": "svmini model", "content": 3}, folder / "odd.pt")
+    torch.save({"a": torch.ones(2)}, folder / "other.pt")
+    save_adapter(adapt(vit.new_head(26), "lora", rank=2), folder / "vit-adapter.pt",
+                 {"data": "glyphs B", "image_size": 24, "num_classes": 26})
+    save_adapter(adapt(gpt, "svft"), folder / "gpt-adapter.pt")
+    files.save(folder / "run.pt", "run", {})
+    (folder / "notes.pt").write_text("a text file\n", encoding="utf-8")
+    (folder / "cut.pt").write_bytes((folder / "vit.pt").read_bytes()[:-200])
+    (folder / "tiny.txt").write_text("too short\n")
+    (folder / "one.txt").write_text("one paragraph only. " * 600)
+    (folder / "latin.txt").write_bytes("Größe ".encode("latin-1") * 5000)
+    (folder / "half.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": "a"}\n')
+    (folder / "few.jsonl").write_text("".join(f'{{"question": "{i}", "answer": "b"}}\n' for i in range(9)))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Small pictures and a short library: these tests are about words. No training must start in them."""
+    for which in "AB":
+        monkeypatch.setitem(glyphs.GLYPHS[which], "sizes", {"train": 2, "val": 1, "test": 1})
+    library = text.stdlib_source()[:30_000]
+    monkeypatch.setattr(text, "stdlib_source", lambda: library)
+    for module in (compare, pretrain):
+        monkeypatch.setattr(module, "train", lambda *a, **k: pytest.fail("training started"))
+
+
+def refused(main, argv, words, folder, capsys):
+    """main(argv) says one line that has all words, returns 2 and leaves every file in the folder as it was."""
+    def listing():
+        return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+    before = listing()
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and captured.err.endswith("\n"), captured.err
+    for word in words:
+        assert word in lines[0], f"{word!r} is not in {lines[0]!r}"
+    assert listing() == before
+
+
+# What both scripts see before they make a folder: the command line, and words that the message must have.
+FLAGS = [
+    ("finetune --methods svft", "finetune", "--help"), ("--no-such-flag 3", "--no-such-flag"),
+    ("--method svft", "--method"),
+    ("--quick --methods svft", "--methods", "not allowed with", "--quick"),
+    ("--tune 3 --lr 0.1", "--lr", "not allowed with", "--tune"),
+    ("--init x.pt --base-data glyphs", "--base-data", "not allowed with", "--init"),
+    ("--n-layer 2", "--n-layer"), ("--format gpt2", "--format"), ("--n-head 2", "--n-head", "--init"),
+    ("pretrain --quick", "--quick"), ("pretrain --methods svft", "--methods"), ("pretrain --init x.pt", "--init"),
+    ("--lr 0", "--lr", "above 0", "'0'"), ("--lr -1", "above 0", "'-1'"), ("--lr nan", "above 0", "'nan'"),
+    ("--lr inf", "--lr", "'inf'"), ("--lr x", "a number", "'x'"), ("--lr", "--lr", "expected one argument"),
+    ("--steps 0", "--steps", "a whole number of at least 1"), ("--steps -3", "of at least 1", "'-3'"),
+    ("--steps 2.5", "a whole number", "'2.5'"), (f"--steps {2**63}", "a whole number"),
+    ("--batch-size 0", "--batch-size"),
+    ("--seed -1", "--seed", "of at least 0"), ("--seeds 0", "--seeds", "of at least 1"), ("--tune 0", "--tune"),
+    ("--save-every -1", "--save-every", "of at least 0"), ("--eval-every 1.5", "--eval-every"),
+    ("--accumulate 0", "--accumulate", "of at least 1"), ("pretrain --n-layer 0", "--n-layer", "of at least 1"),
+    ("pretrain --d-model x", "--d-model", "a whole number"), ("--data xyz", "no 'xyz'", "choose from"),
+    ("--device gpu", "--device", "'gpu'", "cpu"), ("--dtype float8", "--dtype", "'float8'", "bfloat16"),
+    ("--targets ,", "--targets", "query,value"), ("--methods", "--methods", "expected at least one"),
+    ("--methods svtf", "no method 'svtf'", "did you mean 'svft'?"),
+    ("--methods svft lroa:rank=8", "did you mean 'lora'?"),
+    ("--methods lora:rnak=8", "lora has no option 'rnak'", "did you mean 'rank'?"),
+    ("--methods svfit:off_diagonals=2", "svfit has no option 'off_diagonals'", "rank, energy"),
+    ("--methods full:rank=2", "full has no option 'rank'", "takes no options"), ("--methods lora:rank", "name=value"),
+    ("--methods lora:rank=", "name=value"), ("--methods lora@", "after @ come targets"),
+    ("--methods full@up", "no targets"),
+    ("--methods lora:rank=1,rank=2", "rank is given twice"), ("--methods svfit,rank=8", "options follow a colon"),
+]
+
+
+@pytest.mark.parametrize("script", ["gpt", "vit"])
+@pytest.mark.parametrize("argv, words", [(argv, words) for argv, *words in FLAGS], ids=[row[0] for row in FLAGS])
+def test_flags(script, argv, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(MAINS[script], argv.split(), words, tmp_path, capsys)
+    assert not list(tmp_path.iterdir()), "no folder is made for a command that cannot work"
+
+
+# What is seen with the base's sizes, a file or the data at hand, yet before pretraining. FILES: the folder of `things`.
+BOTH = [
+    ("--methods lora:rank=x", "rank must be a whole number", "'x'"), ("--methods lora:rank=2.5", "2.5"),
+    ("--methods lora:rank=999", "lora does not fit blocks.0.attention.query (128x128)", "128"),
+    ("--methods full svft svfit:rank=999", "svfit does not fit"), ("--methods svft:off_diagonals=128", "127"),
+    ("--methods svft:pattern=diagonal", "pattern", "'diagonal'", "banded"),
+    ("--methods svft:pattern=topk", "svft does not fit", "up (512x128)", "topk", "square"),
+    ("--methods svfit:rank=2,energy=0.9", "not both"), ("--methods vera:rank=-1", "rank must be a whole number"),
+    ("--methods boft:block_size=3", "block_size must be even"), ("--methods boft:factors=9", "not divisible"),
+    ("--methods svft@query,valeu", "'valeu' matches no layer", "did you mean 'value'?"),
+    ("--methods svft --targets quer", "'quer' matches no layer", "did you mean 'query'?"),
+    ("--methods svft --targets norm1", "LayerNorm"), ("--methods svft --targets head", "head"),
+    ("--methods all svft", "no method 'all'"), ("--base-data xyz", "xyz"),
+    ("--init FILES/none.pt", "none.pt' is neither a file nor one of"), ("--init FILES", "is neither a file nor one of"),
+    ("--init FILES/notes.pt", "notes.pt is no file of weights that torch can read"),
+    ("--init FILES/cut.pt", "cut.pt is no file of weights"), ("--init FILES/other.pt", "no state dict of a ViT"),
+    ("--init FILES/gpt-adapter.pt", "svmini adapter, not an svmini model"), ("--init FILES/odd.pt", "odd.pt"),
+    ("--init FILES/run.pt", "svmini run, not an svmini model"),
+]
+TABLES = {
+    "gpt": BOTH + [
+        ("--data topic", "no 'topic'", "did you mean 'topics'?"), ("--methods head", "no head of its own"),
+        ("--data file:", "no 'file:'"), ("--data file:FILES/none.txt", "there is no file", "none.txt"),
+        ("--data file:FILES", "there is no file"), ("--data file:FILES/tiny.txt", "too short to train on"),
+        ("--data file:FILES/one.txt", "paragraphs", "at least 10"), ("--data file:FILES/latin.txt", "not UTF-8 text"),
+        ("--data qa:FILES/none", "there is no file"),
+        ("--data qa:FILES/half.jsonl", "half.jsonl, line 2", 'no "answer"'),
+        ("--data qa:FILES/few.jsonl", "9 different questions: at least 10"),
+        ("--init FILES/vit.pt", "holds a ViT, not a GPT"),
+        ("--init FILES/raw-vit.pt", "weights of a ViT, not of a GPT-2"),
+        ("--init vit_b_16", "'vit_b_16' is neither a file nor one of gpt2"), ("--init FILES/raw-gpt.pt", "give n_head"),
+        ("--init FILES/raw-gpt.pt --n-head 2", "knows 13 tokens, and GPT-2's tokenizer 50,257"),
+        ("--init FILES/text.pt --n-head 2", "says itself how many heads"),
+        ("--init FILES/nameless.pt", "which tokenizer"),
+        ("--data arithmetic --init FILES/text.pt", "text.pt", "does not go with --data arithmetic"),
+        ("--data topics --init FILES/arithmetic.pt", "speaks arithmetic", "does not go with --data topics"),
+        ("--data topics --base-data arithmetic", "arithmetic speaks arithmetic", "does not go with --data topics"),
+        ("--context 129 --init FILES/text.pt", "longer than the model's, 128"),
+        ("--data arithmetic --context 64", "text"),
+        ("pretrain --data arithmetic --context 64", "--context belongs to text"), ("pretrain --n-head 3", "divisible"),
+        ("pretrain --data gsm8k", "no 'gsm8k'", "stdlib")],
+    "vit": BOTH + [
+        ("--data glyps", "no 'glyps'", "did you mean 'glyphs'?"), ("--head-lr 0", "--head-lr", "above 0"),
+        ("--per-class 1", "--per-class", "of at least 2", "'1'"), ("--per-class 10", "--per-class", "real data"),
+        ("pretrain --per-class 10", "--per-class"), ("--image-size 224", "the model that --init brings"),
+        ("--image-size 0 --init FILES/vit.pt", "--image-size", "of at least 1"),
+        ("--image-size 25 --init FILES/vit.pt", "image_size=25 is not divisible by patch_size=6"),
+        ("pretrain --image-size 25", "image_size=25 is not divisible"), ("pretrain --n-head 3", "divisible"),
+        ("--data food101", "for --data food101 no base is pretrained", "--init vit_b_16", "--base-data"),
+        ("--data folder:FILES", "no base is pretrained"), ("--data folder", "no 'folder'", "folder:PATH"),
+        ("--data folder: --init FILES/vit.pt", "no 'folder:'"), ("--data mnist", "--data-dir"),
+        ("--data folder:FILES/none --init FILES/vit.pt", "there is no folder", "none"),
+        ("--data folder:FILES --init FILES/vit.pt", "no folder of class folders"),
+        ("pretrain --data eurosat", "--data-dir"),
+        ("--init FILES/arithmetic.pt", "holds a GPT, not a ViT"),
+        ("--init FILES/raw-gpt.pt", "of a GPT-2, not of a ViT"),
+        ("--init vit_b_17", "'vit_b_17' is neither a file nor one of vit_b_16, vit_b_32"),
+        ("--init FILES/raw-vit.pt", "give n_head"), ("--init FILES/raw-vit.pt --n-head 3", "divisible")],
+    "generate": [
+        ("--prompt 1", "--init"), ("--init FILES/arithmetic.pt", "--prompt"),
+        ("--init FILES/text.pt --prompt=", "at least one"),
+        *((f"--init FILES/arithmetic.pt --prompt 1 {flag}", flag.split()[0], "of at least") for flag in (
+            "--temperature -1", "--temperature nan", "--length 0", "--top-k 0")),
+        ("--init FILES/arithmetic.pt --prompt 12x4=é", "0123456789+-=", "'x'", "'é'"),
+        ("--init FILES/vit.pt --prompt 1", "holds a ViT, not a GPT"),
+        ("--init FILES/nameless.pt --prompt 1", "which tokenizer"),
+        ("--init FILES/raw-gpt.pt --n-head 2 --prompt 1", "50,257"),
+        *((f"--init FILES/arithmetic.pt --prompt 1 --adapter FILES/{name}", said) for name, said in (
+            ("arithmetic.pt", "svmini model, not an svmini adapter"), ("none.pt", "there is no adapter at"),
+            ("notes.pt", "not a readable svmini adapter"), ("vit-adapter.pt", "vit-adapter.pt"))),
+        ("--init FILES/text.pt --adapter FILES/gpt-adapter.pt --prompt 1", "trained on another base")],
+    "predict": [
+        ("--init FILES/arithmetic.pt", "holds a GPT, not a ViT"), ("--init FILES/nameless-vit.pt", "give --data"),
+        ("--init FILES/vit.pt --data glyphs", "glyphs B has 26 classes, and the model knows 34"),
+        ("--init FILES/vit.pt --data xyz", "no picture set 'xyz'"),
+        ("--init FILES/cut.pt", "cut.pt is no file of weights"),
+        ("--init FILES/vit.pt --adapter FILES/gpt-adapter.pt", "gpt-adapter.pt"),
+        ("--init FILES/vit.pt --out FILES/notes.pt", "notes.pt"),
+        ("--init vit_b_17", "neither a file nor one of vit_b_16")],
+    "export": [
+        ("--init FILES/vit.pt", "--adapter"), ("--adapter FILES/vit-adapter.pt", "--init"),
+        ("--init FILES/vit.pt --adapter FILES/vit-adapter.pt --format gpt2", "does not go with a ViT", "torchvision"),
+        ("--init FILES/arithmetic.pt --adapter FILES/gpt-adapter.pt --format torchvision", "it is svmini or gpt2"),
+        ("--init FILES/vit-adapter.pt --adapter FILES/vit-adapter.pt", "svmini adapter, not an svmini model"),
+        ("--init FILES/odd.pt --adapter FILES/vit-adapter.pt", "odd.pt"),
+        ("--init x --adapter y", "'x' is neither a file"),
+        ("--init FILES/other.pt --adapter FILES/vit-adapter.pt", "no state dict of a ViT"),
+        ("--init FILES/vit.pt --adapter FILES/vit-adapter.pt --out FILES", "directory")]}
+
+
+@pytest.mark.parametrize("name, argv, words", [
+    pytest.param(name, argv, words, id=f"{name} {argv}") for name, table in TABLES.items() for argv, *words in table])
+def test_input(name, argv, words, things, tmp_path, capsys):
+    argv = [part.replace("FILES", str(things)) for part in argv.split()]
+    argv += ["--device", "cpu"] if name != "export" else []
+    if "--out" not in argv and name != "generate":
+        argv += ["--out", str(tmp_path / "out")]
+    before = {p: p.read_bytes() for p in things.iterdir()}
+    refused(MAINS[name], argv, words, tmp_path, capsys)
+    assert {p: p.read_bytes() for p in things.iterdir()} == before
+
+
+@pytest.mark.parametrize("script", ["gpt", "vit"])
+def test_out_that_is_a_file_and_a_device_that_is_not_there(script, tmp_path, capsys):
+    (tmp_path / "out").write_text("precious")
+    refused(MAINS[script], ["--quick", "--out", str(tmp_path / "out")], ["out is a file", "folder"], tmp_path, capsys)
+    refused(MAINS[script], ["--quick", "--out", str(tmp_path / "out" / "in")], ["out"], tmp_path, capsys)
+    for device, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
+        if not there:
+            argv = ["--device", device, "--out", str(tmp_path / "new")]
+            refused(MAINS[script], argv, [f"'{device}' is not there", "cpu"], tmp_path, capsys)
+
+
+@pytest.mark.parametrize("error, code", [
+    (KeyboardInterrupt(), 130), (Stopped("go on by --resume"), 130), (Diverged("nan: try a lower --lr"), 1),
+    (OSError(28, "disk full"), 2), (InputError("two\nlines"), 2), (MissingFile("gone"), 2), (MemoryError(), 2),
+    (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 2),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), 2)])
+def test_every_end_that_is_the_users_is_one_line_and_a_code(error, code, capsys):
+    def main(argv):
+        raise error
+
+    assert command_line.run(main, []) == code
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("ours"), TypeError("ours"), KeyError("ours"), AssertionError(),
+                                   RuntimeError("a tensor whose data is not allocated yet")])
+def test_a_mistake_of_ours_keeps_its_traceback(error):
+    def main(argv):
+        raise error
+
+    with pytest.raises(type(error)):
+        command_line.run(main, [])
+    assert command_line.run(lambda argv: None, []) == 0 == command_line.run(lambda argv: 0, [])
+
+
+def test_a_mistake_in_a_students_method_keeps_its_traceback(things, tmp_path, monkeypatch):
+    monkeypatch.undo()   # training may start
+    monkeypatch.setattr(LoRA, "forward", lambda self, x: (_ for _ in ()).throw(ValueError("a student's mistake")))
+    with pytest.raises(ValueError, match="a student's mistake"):
+        train_gpt.main(["--data", "arithmetic", "--init", str(things / "arithmetic.pt"), "--methods", "lora:rank=2",
+                        "--steps", "1", "--device", "cpu", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("name, words", [("gpt", ["full, head", *METHODS, "--resume", "--tune", "--context", "topics"]),
+                                         ("vit", ["full, head", *METHODS, "--head-lr", "--image-size", "glyphs"]),
+                                         ("generate", ["--top-k"]), ("predict", ["--data-dir"]),
+                                         ("export", ["torchvision"])])
+def test_help_names_every_flag_on_one_line(name, words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        MAINS[name](["--help"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0 and all(word in out for word in words)
+    flags = [line for line in out.splitlines() if line.startswith("  --")]
+    assert flags and all(len(line.split("  ")) > 2 for line in flags), "its help beside it"
+
+
+# ---- argparse types and method words ----
+
+def test_types():
+    number = command_line.number
+    assert number(1)("3") == 3 and number(0, float)("0") == 0 and number(0, float, True)("1e-3") == 1e-3
+    assert command_line.names("query,,value") == ("query", "value")
+    assert command_line.one_of(["a", "file:PATH"])("file:x:y") == "file:x:y"
+    for convert, bad in ((number(0, float, True), "0"), (number(1), "1e3"), (command_line.one_of(["a"]), "file:x")):
+        with pytest.raises(argparse.ArgumentTypeError):
+            convert(bad)
+
+
+@pytest.mark.parametrize("word, parsed", [
+    ("svfit", ("svfit", {}, None)), ("full", ("full", {}, None)), ("head", ("head", {}, None)),
+    ("lora:", ("lora", {}, None)),
+    ("lora:rank=8,init=pissa", ("lora", {"rank": 8, "init": "pissa"}, None)), ("svft@query", ("svft", {}, ("query",))),
+    ("svft:pattern=banded,off_diagonals=8@query,value",
+     ("svft", {"pattern": "banded", "off_diagonals": 8}, ("query", "value"))),
+    ("svfit:energy=0.9", ("svfit", {"energy": 0.9}, None)), ("svfit:rank=None", ("svfit", {"rank": None}, None)),
+    ("dora:detach_norm=False", ("dora", {"detach_norm": False}, None))])
+def test_method_words(word, parsed):
+    assert parse_word(word) == parsed
+
+
+@pytest.mark.parametrize("word, words", [
+    ("", "there is no method ''"), ("lora rank=8", "no method"), ("LoRA", "no method 'LoRA'"),
+    (":rank=8", "no method ''"),
+    ("lora:rank=8@", "after @"), ("lora:=8", "has no option ''")])
+def test_method_words_that_are_none(word, words):
+    with pytest.raises(InputError, match=words):
+        parse_word(word)
+
+
+@pytest.mark.parametrize("a, b, equal", [
+    ("lora", "lora:rank=8", True), ("lora:init=kaiming,rank=8", "lora:rank=8", True),
+    ("svft@key,query", "svft@query,key", True),
+    ("svft:off_diagonals=2,pattern=banded", "svft:pattern=banded,off_diagonals=2", True),
+    ("vera:d_init=0.1", "vera", True),
+    ("lora:rank=4", "lora:rank=8", False), ("svft@query", "svft", False), ("lora", "dora", False),
+    ("svft:pattern=plain", "svfit", False), ("lora:alpha=8", "lora", False)])
+def test_same_word(a, b, equal):
+    assert (same_word(a) == same_word(b)) is equal

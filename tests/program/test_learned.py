@@ -1,0 +1,120 @@
+"""What an adapter learned: numbers against NumPy and against changes known by construction; the picture."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+
+from svmini import GPT, GPTConfig, adapt, learned, save_adapter
+from svmini.command_line import run
+from svmini.methods.svd import thin_svd
+from svmini.model_file import save_model
+
+
+class Net(nn.Module):
+    """A square, a tall and a wide layer."""
+    targets, also_train = ("square", "tall", "wide"), ()
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.square, self.tall, self.wide = nn.Linear(16, 16), nn.Linear(16, 40), nn.Linear(40, 16)
+
+
+def gpt():
+    torch.manual_seed(0)
+    return GPT(GPTConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, d_model=16))
+
+
+def trained(method, net=Net, targets=None, size=0.3, **options):
+    """A plain model, and a copy whose adapters moved."""
+    model, g = adapt(net(), method, targets, **options), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(size * torch.randn(p.shape, generator=g) * p.requires_grad)
+    return net(), model
+
+
+@pytest.mark.parametrize("method, options, rank", [("lora", {"rank": 3}, 3), ("svfit", {"rank": 5}, 5),
+                                                   ("svft", {}, 16), ("svft", {"rank": 4, "basis": "random"}, 4)])
+def test_numbers_against_numpy(method, options, rank):
+    base, model = trained(method, **options)
+    found = learned.study_all(base, model)
+    assert list(found) == ["square", "tall", "wide"]
+    for name, f in found.items():
+        W0, W = (m.get_submodule(name).weight.detach().double().numpy() for m in (base, model))
+        dW, (U, S, Vt) = W - W0, np.linalg.svd(W0, full_matrices=False)
+        C = U.T @ dW @ Vt.T
+        expected = {"before": S, "after": np.linalg.svd(W, compute_uv=False), "C": abs(C), "rank": rank,
+                    "change": np.linalg.svd(dW, compute_uv=False), "size": np.linalg.norm(dW) / np.linalg.norm(W0),
+                    "leading": (C[:4, :4] ** 2).sum() / (dW ** 2).sum()}
+        assert f.keys() == expected.keys() and (f["change"] > 0).sum() == rank
+        for key, value in expected.items():
+            np.testing.assert_allclose(f[key], value, rtol=1e-4, atol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize("method, options", [("svft", {"pattern": "plain"}), ("svfit", {})])
+def test_the_diagonal_is_what_svft_and_svfit_train(method, options):
+    base, model = trained(method, **options)
+    for name, f in learned.study_all(base, model, spectra=False).items():
+        part = model.get_submodule(name)
+        moved = part.M if method == "svft" else part.s - thin_svd(base.get_submodule(name).weight)[1]
+        torch.testing.assert_close(f["C"].float(), torch.diag(moved.detach().abs()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("place, share", [(0, 1.0), (3, 1.0), (4, 0.0), (15, 0.0)])   # of 16, the quarter is 0 to 3
+def test_the_leading_quarter_and_the_rank_of_one_direction(place, share):
+    base, model = trained("svft", size=0, pattern="plain")
+    model.wide.M.data[place] = 0.2
+    found = learned.study_all(base, model)
+    assert found["wide"]["leading"].item() == pytest.approx(share, abs=1e-6) and found["wide"]["rank"] == 1
+    assert found["square"]["rank"] == 0 and found["square"]["size"] < 1e-6   # nothing but rounding
+
+
+def test_a_band_is_laid_flat():
+    C = torch.arange(25.0).view(5, 5)
+    flat = learned.band(C, 2)
+    for i in range(5):
+        for off in range(-2, 3):
+            assert flat[2 + off, i] == C[i, i + off] if 0 <= i + off < 5 else flat[2 + off, i].isnan()
+
+
+@pytest.mark.parametrize("method, options", [("svft", {"off_diagonals": 2}), ("lora", {}),
+                                             ("svft", {"basis": "random"})])
+def test_the_command_prints_and_draws(method, options, tmp_path, capsys):
+    base, model = trained(method, gpt, ("query", "up"), **options)
+    save_model(tmp_path / "model.pt", base, {"data": "x"})
+    save_adapter(model, tmp_path / "adapter.pt")
+    assert run(learned.command, ["--init", str(tmp_path / "model.pt"), "--adapter", str(tmp_path / "adapter.pt")]) == 0
+    out = capsys.readouterr().out
+    rows = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")][2:]
+    assert rows == ["blocks.0.attention.query", "blocks.0.mlp.up", "blocks.1.attention.query", "blocks.1.mlp.up",
+                    "mean of query", "mean of up"]
+    assert ("diagonal:" in out) == (options == {"off_diagonals": 2})
+    pytest.importorskip("matplotlib")
+    picture = pytest.importorskip("PIL.Image").open(tmp_path / "learned.png")
+    assert picture.getpixel((0, 0))[3] == 0, "it is to be transparent, for dark pages"
+    assert picture.height == (576 if options == {"off_diagonals": 2} else 360)   # a band has a second row
+
+
+def test_the_best_row_of_a_comparison(tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(learned, "draw", lambda path, layers, method, _: drawn.append((method, len(layers))) or True)
+    base, rows = gpt(), [{"method": word, "seed": 3, "metric": loss, "higher_is_better": False} for word, loss in (
+        ("start", 0.5), ("svft:pattern=plain", 2.0), ("svfit", 1.5), ("lora:rank=8", 1.0), ("svft", None))]
+    save_adapter(trained("svfit", gpt)[1], tmp_path / "runs" / "svfit-seed3" / "adapter.pt")
+    learned.draw_best(tmp_path, rows, base)
+    assert drawn == [("svfit", 12)] and "what svfit learned" in capsys.readouterr().out
+    learned.draw_best(tmp_path, rows[3:], base)
+    assert len(drawn) == 1 and not hasattr(base, "adaptation")
+
+
+def test_what_cannot_be_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert learned.draw(tmp_path / "p.png", learned.study_all(*trained("svfit")), "svfit", {}) is False
+    with pytest.raises(ValueError, match="a head alone"):
+        learned.study_all(Net(), adapt(Net(), "head", also_train=("wide",)))
+    assert run(learned.command, ["--init", "nowhere.pt", "--adapter", "x.pt"]) == 2
+    assert "nowhere.pt" in capsys.readouterr().err and not list(tmp_path.iterdir())

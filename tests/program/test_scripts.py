@@ -1,0 +1,230 @@
+"""Both scripts from their command line to their files, with few steps and little data."""
+
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_gpt
+import train_vit
+from little import call, little, read, rows   # noqa: F401  little is a fixture
+from svmini import GPT, METHODS, ViT, load_adapter
+from svmini.data.pictures import Pictures
+from svmini.data.questions import Arithmetic
+from svmini.methods import same_word
+from svmini.methods.lora import LoRA
+from svmini.model_file import load_model
+from svmini.training import compare, pretrain
+from toy import assert_same_folder, log_of
+
+ROOT = Path(__file__).resolve().parents[2]
+ROW = {"method", "adapter", "head", "percent", "metric", "metric_name", "higher_is_better", "recovered", "seconds",
+       "ms_per_step", "peak_mb", "adapter_bytes", "seed", "lr"}
+# name: script, its flags, what stands for no adapter, metric, better when higher
+STORIES = {
+    "glyphs": (train_vit, [], "head", "accuracy", True),
+    "topics": (train_gpt, [], "start", "loss", False),
+    "arithmetic": (train_gpt, ["--data", "arithmetic"], "start", "exact match", True),
+    "pairs": (train_gpt, ["--data", "qa:PAIRS"], "start", "exact match", True),
+}
+
+
+@pytest.fixture(scope="module", params=STORIES)
+def story(request, tmp_path_factory, little):
+    """(name, its command, its folder, what it printed) of one quick story each."""
+    script, flags, *_ = STORIES[request.param]
+    out = tmp_path_factory.mktemp("an out folder ü") / request.param
+    argv = [script, "--quick", *(f.replace("PAIRS", str(little / "pairs.jsonl")) for f in flags)]
+    return request.param, argv, out, call(*argv, "--eval-every", 2, "--out", out)
+
+
+def test_the_results_of_a_story(story):
+    name, (script, *_), out, printed = story
+    *_, reference, metric, higher = STORIES[name]
+    content = read(out)
+    assert content["python"] == platform.python_version() and content["torch"] == torch.__version__
+    assert content["device"].startswith("device cpu") and content["steps"] == 4 and content["tuning"] is None
+    assert re.fullmatch("made by the program" if name == "arithmetic" else "[0-9a-f]{64}", content["sha256"])
+    found = {row["method"]: row for row in content["rows"]}
+    assert list(found) == (["start"] if reference == "start" else []) + script.QUICK
+    model, _ = load_model(out / "pretrain" / "model.pt", ViT if name == "glyphs" else GPT)
+    size = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("head."))
+    for word, row in found.items():
+        assert set(row) == ROW and math.isfinite(row["metric"]) and row["peak_mb"] is None
+        assert (row["metric_name"], row["higher_is_better"], row["seed"]) == (metric, higher, 0)
+        assert row["percent"] == pytest.approx(100 * row["adapter"] / size)
+        assert row["head"] == (26 * 17 if name == "glyphs" else 0)
+        assert (row["adapter_bytes"] > 0) == (row["seconds"] > 0) == (word != "start")
+    assert found["full"]["percent"] == 100 and found[reference]["percent"] == 0
+    assert found["lora:rank=8"]["adapter"] == 4 * 8 * 2 * 16 + 2 * 8 * 5 * 16
+    assert found["svft:off_diagonals=8"]["adapter"] == 6 * (16 * 17 - 8 * 9)
+    start, full = found[reference]["metric"], found["full"]["metric"]
+    share = (lambda x: (x - start) / (full - start)) if full != start and (full > start) == higher else lambda x: None
+    assert all(found[word]["recovered"] == share(found[word]["metric"]) for word in script.QUICK)
+
+
+def test_the_files_of_a_story(story):
+    name, (script, *_), out, printed = story
+    names = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+    expected = {"results.json", "results.md", "pretrain/model.pt", "pretrain/metrics.jsonl"}
+    for word in script.QUICK:
+        folder = "runs/" + word.replace(":", "_") + "-seed0"
+        made = "model.pt" if word == "full" else "adapter.pt"
+        expected |= {f"{folder}/{n}" for n in ("metrics.jsonl", "row.json", made)}
+        assert [(line["step"], line["split"]) for line in log_of(out / folder)] == [(2, "val"), (4, "val")]
+        assert word in printed and word in (out / "results.md").read_text(encoding="utf-8")
+    assert "targets: query, key, value, out, up, down, " in printed
+    assert names - {"results.png", "learned.png"} == expected | ({"pictures.png"} if name == "glyphs" else set())
+    if name != "glyphs":
+        assert "\n--- before ---\n" in printed and "\n--- after, " in printed
+    if name == "arithmetic":
+        assert re.search(r"\d{3}-\d{3}=\d+  model: ", printed)
+    if name == "pairs":
+        assert printed.count("\nModel:") == 4 and "16 pairs to train" in printed
+
+
+def test_the_same_seed_gives_the_same_numbers_and_the_base_is_reused(story, tmp_path):
+    name, argv, out, first = story
+    assert "pretraining on" in first and "kept from" not in first
+    before, found = (out / "pretrain" / "model.pt").read_bytes(), rows(out)
+    again = [*argv, "--eval-every", 2, "--out", tmp_path / "again"]
+    (tmp_path / "again" / "pretrain").mkdir(parents=True)
+    (tmp_path / "again" / "pretrain" / "model.pt").write_bytes(before)
+    printed = call(*again)
+    assert "kept from an earlier run" in printed and "pretraining on" not in printed
+    assert rows(tmp_path / "again") == found
+    assert_same_folder(out / "runs", tmp_path / "again" / "runs")
+    if name == "glyphs":   # the base too, once
+        call(*argv, "--eval-every", 2, "--out", tmp_path / "anew")
+        assert_same_folder(tmp_path / "anew" / "runs", out / "runs")
+    assert (tmp_path / "again" / "pretrain" / "model.pt").read_bytes() == before
+
+
+def test_a_finished_story_is_not_made_again_with_resume(story, monkeypatch):
+    name, argv, out, _ = story
+    before = read(out)["rows"]
+    monkeypatch.setattr(compare, "train", lambda *a, **k: pytest.fail("a run was made again"))
+    argv = [*argv, "--eval-every", 2, "--resume", "--out", out]
+    call(*argv)
+    assert read(out)["rows"] == before
+    assert "batch_size was" in call(*argv, "--batch-size", 3, code=2)
+
+
+def test_what_was_kept_gives_back_its_row_and_is_a_base(story, tmp_path):
+    """The adapter is loaded on the base, full's model as --init: its start row is what full reached."""
+    name, argv, out, _ = story
+    kind, full = ViT if name == "glyphs" else GPT, out / "runs" / "full-seed0" / "model.pt"
+    model = load_model(out / "pretrain" / "model.pt", kind)[0]
+    model = load_adapter(model.new_head(26) if name == "glyphs" else model, out / "runs/lora_rank=8-seed0/adapter.pt")
+    assert model.adaptation["method"] == "lora" and model.adaptation["options"]["rank"] == 8
+    flags = [argv[0], *argv[2:], "--init", full, "--methods", "lora:rank=1", "--steps", 1, "--out", tmp_path]
+    assert "pretraining" not in call(*flags)
+    found = {row["method"]: row["metric"] for row in rows(out)}
+    assert name == "glyphs" or rows(tmp_path)[0]["metric"] == found["full"]
+    assert {"published": False, "data": read(out)["task"]}.items() <= read(tmp_path)["base"].items()
+    assert "result" not in read(tmp_path)["base"], "what is said of the base it was made of"
+
+
+def test_seeds_and_tuning(little, tmp_path, monkeypatch):
+    """Each seed has its batches, all the rates tuned at the first; --targets and the head's rate reach the runs."""
+    words = ["head", "full", "svfit", "lora:rank=8@up"]
+    argv = [train_vit, "--methods", *words, "--seeds", 2, "--seed", 5, "--tune", 2, "--targets", "query,value",
+            "--head-lr", 0.02, "--out", tmp_path]
+    monkeypatch.setattr(compare, "validation_score", lambda word, lr, *a: lr)   # the larger is the better one
+    printed = call(*argv)
+    content, (head, full, svfit, lora) = read(tmp_path), ["head", "full", "svfit@query,value", "lora:rank=8@up"]
+    assert [(r["method"], r["seed"]) for r in content["rows"]] == [
+        (w, s) for s in (5, 6) for w in (head, full, svfit, lora)]
+    assert list(content["tuning"]) == [head, full, svfit, lora]
+    tuned = train_vit.RATES["glyphs"]
+    for word, first in ((head, tuned["head"]), (full, tuned["full"]), (svfit, tuned["svfit"]), (lora, LoRA.lr)):
+        found = content["tuning"][word]
+        assert found["lr"] == pytest.approx([first, 2 * first]) and found["best"] == found["lr"][1]
+        assert {r["lr"] for r in content["rows"] if r["method"] == word} == {found["best"]}
+        for seed in (5, 6):
+            folder = compare.run_folder(tmp_path, word, seed)
+            conditions = json.loads((folder / "row.json").read_text(encoding="utf-8"))["conditions"]
+            assert conditions["head_lr"] == (found["best"] if word == "head" else 0.02) and conditions["seed"] == seed
+            assert conditions["targets"] == {svfit: ["query", "value"], lora: ["up"]}.get(word, list(ViT.targets))
+    assert log_of(compare.run_folder(tmp_path, "full", 5)) != log_of(compare.run_folder(tmp_path, "full", 6))
+    assert "mean ± standard deviation over seeds 5, 6" in printed and "learning rates by accuracy" in printed
+    metrics = [r["metric"] for r in content["rows"] if r["method"] == "full"]
+    line = next(x for x in (tmp_path / "results.md").read_text("utf-8").splitlines() if x.startswith("| full"))
+    assert f"{statistics.mean(metrics):.1f} ± {statistics.stdev(metrics):.1f}" in line
+    for module in (compare, pretrain):
+        monkeypatch.setattr(module, "train", lambda *a, **k: pytest.fail("made again"))
+    call(*argv, "--resume")
+    assert read(tmp_path) == content
+
+
+@pytest.mark.parametrize("script, task, flags", [(train_gpt, Arithmetic, ["--data", "arithmetic"]),
+                                                 (train_vit, Pictures, ["--data", "glyphs"])])
+def test_what_an_older_command_left_is_not_met_by_resume(script, task, flags, tmp_path, monkeypatch):
+    """Begun anew with other settings and stopped: the same command with --resume goes on."""
+    argv = [script, *flags, "--methods", "full", "svfit", "--tune", 1, "--out", tmp_path]
+    call(*argv)
+    batch, asked = task.batch, []
+
+    def interrupted(self, *key):
+        asked.append(key)
+        if len(asked) == stop:
+            raise KeyboardInterrupt
+        return batch(self, *key)
+
+    for stop in (2, 9):   # in the first tuning run, in the first run
+        asked.clear()
+        monkeypatch.setattr(task, "batch", interrupted)
+        assert "--resume" in call(*argv, "--steps", 3, "--batch-size", stop, code=130)
+        monkeypatch.setattr(task, "batch", batch)
+        call(*argv, "--steps", 3, "--batch-size", stop, "--resume")
+
+
+class Late(LoRA):
+    """A method dropped in, with an example that fits no layer."""
+    examples, lr = ("rank=2", "rank=3@up", "rank=999"), 0.125
+
+
+@pytest.mark.parametrize("name", ["glyphs", "arithmetic"])
+def test_all_has_every_example_also_of_a_method_dropped_in(name, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "late", Late)
+    script, flags, *_ = STORIES[name]
+    printed = call(script, "--methods", "all", *flags, "--steps", 1, "--out", tmp_path)
+    found = {r["method"]: r for r in read(tmp_path)["rows"] if r["method"] != "start"}
+    done = list(map(same_word, found))
+    assert len(set(done)) == len(done) and list(found)[:len(script.MAIN)] == script.MAIN
+    for method, cls in METHODS.items():
+        for word in (f"{method}:{example}".rstrip(":") for example in cls.examples):
+            assert (same_word(word) in done) == (word != "late:rank=999"), word
+    assert "left out: late:rank=999: late does not fit blocks.0.attention.query (16x16)" in printed
+    assert (found["late:rank=2"]["lr"], found["late:rank=3@up"]["lr"]) == (0.125, 0.125)
+
+
+def test_a_diverged_method_is_shown_and_the_next_goes_on(tmp_path):
+    argv = [train_gpt, "--data", "arithmetic", "--methods", "full", "svfit", "--lr", 1e30, "--steps", 12]
+    printed = call(*argv, "--out", tmp_path)
+    assert [(r["method"], r["metric"]) for r in rows(tmp_path)[1:]] == [("full", None), ("svfit", None)]
+    cells = [line for line in printed.splitlines() if line.startswith("|") and "diverged" in line]
+    assert len(cells) == 2 and "try a lower --lr" in printed and "nan |" not in printed
+
+
+def test_a_real_process(tmp_path):
+    """From another working directory: a bad flag is one line and exit code 2."""
+    bad = subprocess.run([sys.executable, str(ROOT / "train_vit.py"), "--lr", "0"], cwd=tmp_path, timeout=120,
+                         capture_output=True, encoding="utf-8", env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert bad.returncode == 2 and bad.stdout == "" and not list(tmp_path.iterdir())
+    assert len(bad.stderr.splitlines()) == 1 and "--lr" in bad.stderr and "Traceback" not in bad.stderr
+
+
+def test_gpts_runs_take_the_tuned_rates(tmp_path, monkeypatch, little):
+    monkeypatch.setattr(compare, "validation_score", lambda word, lr, *a: lr)   # the larger is the better one
+    call(train_gpt, "--data", "arithmetic", "--methods", "svfit", "--steps", 1, "--tune", 2, "--out", tmp_path)
+    found = read(tmp_path)["tuning"]["svfit"]
+    assert found["best"] == found["lr"][1] == rows(tmp_path)[1]["lr"]
