@@ -346,20 +346,3 @@ def test_a_short_file_is_learned_and_marked(tmp_path, tokenizer):
     assert percent == pytest.approx(learned["metric"] * 16 / 17)   # a prompt without room is not solved
     shown = data.show(model)
     assert len(shown) == 8 and sum(s.startswith("right: Question: ") for s in shown) >= 7
-
-
-def test_each_split_is_marked_on_its_own_problems(tokenizer):
-    class Silent(torch.nn.Module):
-        def forward(self, x):
-            return torch.zeros(*x.shape, 320)
-
-        def answer(self, prompts, max_new, end):
-            self.seen = list(prompts)
-            return [torch.tensor([], dtype=torch.int64)] * len(prompts)
-
-    pairs = splits_of([story(0)], map(story, range(1, 6)), map(story, range(6, 11)))
-    for task in (Arithmetic("-"), Pairs("qa:x", pairs, tokenizer, 128)):
-        for split in ("val", "test"):
-            task.evaluate(model := Silent(), split)
-            prompts, answers = task.problems(split, len(model.seen))
-            assert all(map(torch.equal, model.seen, prompts)) and all(map(torch.equal, task.marked[split][1], answers))
