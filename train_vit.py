@@ -152,12 +152,13 @@ def new_base(flags, data, machine, sizes=None):
                        mean=source.mean, std=source.std)
     torch.manual_seed(flags.seed)
     model = ViT(config)
-    return model, Pictures(source, flags.seed, config, machine.device), {"data": source.name, "published": False}
+    about = {"data": source.name, "classes": source.classes, "published": False}
+    return model, Pictures(source, flags.seed, config, machine.device), about
 
 
 def about_adapted(task, base):
     """What an adapter's file says of itself, so that svmini.predict and svmini.export need no flags."""
-    return {"data": task.name, "image_size": base.config.image_size, "num_classes": base.config.num_classes}
+    return {"data": task.name, "image_size": base.config.image_size, "classes": task.classes}
 
 
 def save_pictures(out, task, rows):

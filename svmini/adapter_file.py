@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from . import files
 from .adapting import (adaptation_of, adapters_of, build, check_fit, digest, digests, exactly, fingerprint, is_inside,
-                       modules_of, plain, put, tensors_of, unwrap, why_not)
+                       modules_of, put, tensors_of, unadapted, unwrap, why_not)
 from .errors import InputError
 from .methods import check_options
 
@@ -69,7 +69,7 @@ def load_adapter(model, path):
     Raises MissingFile, or InputError where the file is damaged, of another kind or format, made for another base, or
     where an adapted matrix does not come out as it was (W z within 1e-4). The model is then as it was.
     """
-    content, inner = files.load(path, "adapter"), plain(model)
+    content, inner = files.load(path, "adapter"), unadapted(model)
     with exactly(inner), torch.no_grad():
         before, tensors = digests(inner), tensors_of(inner)
         try:

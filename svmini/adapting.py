@@ -26,7 +26,7 @@ def adapt(model, method, targets=None, also_train=None, **options):
     Every layer is checked before one is changed. Raises InputError that names the layer and says what would work; the
     model is then as it was.
     """
-    inner = plain(model)
+    inner = unadapted(model)
     check_options(method, options)
     also_train = list_of_names("also_train", getattr(inner, "also_train", ()) if also_train is None else also_train)
     heads = heads_of(inner, also_train)
@@ -210,7 +210,7 @@ def adaptation_of(model, otherwise):
     return model.adaptation
 
 
-def plain(model):
+def unadapted(model):
     """The model inside its wrappers. Raises InputError for one that is adapted, in whole or in part, or is part of one
     that is."""
     inner = unwrap(model)

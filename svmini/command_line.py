@@ -72,6 +72,13 @@ def add_machine(p):
         p.add_argument(flag, default="auto", choices=names, metavar="NAME", help=f"{about}: {' | '.join(names)}")
 
 
+def add_model(p, names="a name", adapter_required=False):
+    """The flags that name a model and an adapter for it. names: what published weights are called, for the help."""
+    p.add_argument("--init", required=True, metavar="MODEL", help=f"a model file, a file of weights, or {names}")
+    p.add_argument("--adapter", required=adapter_required, metavar="FILE", help="an adapter file that goes with it")
+    p.add_argument("--n-head", type=number(1), metavar="N", help="of weights whose heads are not of width 64")
+
+
 def training_parser(command, about, data, default):
     """The flags of every training. data: what --data may name."""
     p = Parser(command, about)

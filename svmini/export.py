@@ -7,7 +7,7 @@ import torch
 
 from . import files
 from .adapting import merge
-from .command_line import Parser, number, run
+from .command_line import Parser, add_model, run
 from .errors import InputError
 from .model_file import about_made_of, class_of, load_adapted, save_model
 
@@ -16,12 +16,10 @@ NAMINGS = {"GPT": "gpt2", "ViT": "torchvision"}
 
 def command(argv):
     p = Parser("-m svmini.export", "Merge an adapter into its base: plain weights, as fast as the base.")
-    p.add_argument("--init", required=True, metavar="MODEL", help="a model file, a file of weights, or a name")
-    p.add_argument("--adapter", required=True, metavar="FILE", help="the adapter file that goes with it")
+    add_model(p, adapter_required=True)
     p.add_argument("--format", default="svmini", choices=("svmini", "gpt2", "torchvision"), metavar="NAME",
                    help="whose naming: svmini | gpt2 | torchvision")
     p.add_argument("--out", metavar="FILE", help="the file to write (merged.pt beside the adapter)")
-    p.add_argument("--n-head", type=number(1), metavar="N", help="of weights whose heads are not of width 64")
     flags = p.parse_args(argv)
     model_class = class_of(flags.init)
     if flags.format not in ("svmini", NAMINGS[model_class.__name__]):
@@ -31,7 +29,7 @@ def command(argv):
     merge(model)
     path = Path(flags.out or Path(flags.adapter).parent / "merged.pt")
     if flags.format == "svmini":
-        save_model(path, model, about_made_of(about, {"data": about.get("data")}))
+        save_model(path, model, about_made_of(about, {key: about[key] for key in ("data", "classes") if key in about}))
     else:
         state = model.to_gpt2() if flags.format == "gpt2" else model.to_torchvision()
         files.write_whole(path, lambda file: torch.save(state, file))

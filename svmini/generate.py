@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from .command_line import Parser, add_machine, number, run
+from .command_line import Parser, add_machine, add_model, number, run
 from .data.questions import ANSWER, decode, encode
 from .data.tokenizers import end_token, tokenizer_of
 from .errors import InputError
@@ -15,13 +15,11 @@ from .training.machine import pick_machine
 
 def command(argv):
     p = Parser("-m svmini.generate", "Continue a text with a GPT.")
-    p.add_argument("--init", required=True, metavar="MODEL", help="a model file, a file of weights, or gpt2, ...")
-    p.add_argument("--adapter", metavar="FILE", help="an adapter file that goes with --init")
+    add_model(p, "gpt2, ...")
     p.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue")
     p.add_argument("--length", type=number(1), default=100, metavar="N", help="tokens to add (100)")
     p.add_argument("--temperature", type=number(0, float), default=0.8, metavar="X", help="0 is greedy (0.8)")
     p.add_argument("--top-k", type=number(1), metavar="K", help="draw from the K likeliest tokens")
-    p.add_argument("--n-head", type=number(1), metavar="N", help="of weights whose heads are not of width 64")
     p.add_argument("--seed", type=number(0), default=0, metavar="N", help="of what is drawn")
     add_machine(p)
     flags = p.parse_args(argv)

@@ -17,7 +17,7 @@ import torch
 from . import files
 from .adapter_file import load_adapter
 from .adapting import adapters_of, unwrap
-from .command_line import Parser, number, run
+from .command_line import Parser, add_model, run
 from .errors import InputError
 from .methods import parse_word
 from .methods.svd import thin_svd
@@ -162,10 +162,8 @@ def draw_best(out, rows, base):
 
 def command(argv):
     p = Parser("-m svmini.learned", "What an adapter learned: spectra, ranks, a picture.")
-    p.add_argument("--init", required=True, metavar="MODEL", help="a model file, a file of weights, or a name")
-    p.add_argument("--adapter", required=True, metavar="FILE", help="the adapter file that goes with it")
+    add_model(p, adapter_required=True)
     p.add_argument("--out", metavar="DIR", help="where learned.png goes (beside the adapter)")
-    p.add_argument("--n-head", type=number(1), metavar="N", help="of weights whose heads are not of width 64")
     flags = p.parse_args(argv)
     model_class = class_of(flags.init)
     base, _ = load_base(flags.init, model_class, flags.n_head)

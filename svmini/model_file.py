@@ -58,7 +58,7 @@ def load_adapted(source, adapter, model_class, n_head=None):
     trained_on = files.load(adapter, "adapter")["about"]
     if model_class is ViT and "image_size" in trained_on:
         model.new_size(trained_on["image_size"])
-        model.new_head(trained_on["num_classes"])
+        model.new_head(len(trained_on["classes"]))
     return load_adapter(model, adapter), about | trained_on
 
 

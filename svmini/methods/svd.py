@@ -5,6 +5,8 @@ import hashlib
 import torch
 import torch.nn.functional as F
 
+from .adapter import add_update
+
 _known = {}   # a weight's bytes -> its factors, kept to the end: the methods of a comparison share them
 
 
@@ -59,3 +61,17 @@ def apply_factors(x, U, core, Vt, bias):
         return F.linear(x, U @ C, bias) if build else F.linear(F.linear(x, C), U, bias)
     B = U @ core                                                            # (d_out, D), square
     return F.linear(x, B @ Vt, bias) if build else F.linear(F.linear(x, Vt), B, bias)
+
+
+def apply_beside(x, W0, U, core, Vt, bias):
+    """x (..., d_in) -> x Wᵀ + b (..., d_out) with W = W0 + U core Vᵀ, core (r,) for a diagonal or (r, r).
+
+    Two exact orders, counted as in apply_factors: W built first, or W0 x and then the update.
+    """
+    (d_out, d_in), r, T, dense = W0.shape, core.shape[0], x.numel() // x.shape[-1], core.dim() == 2
+    thin = 2 + 2 * (r / d_out + r / d_in) + dense * 3 * r * r / (d_out * d_in)
+    built = 3 + 2 * r / T + dense * 2 * r * r / (T * d_in) if T else 0
+    if built < thin:
+        return F.linear(x, W0 + (U @ core if dense else U * core) @ Vt, bias)
+    h = F.linear(x, Vt)                                                     # (..., r)
+    return add_update(x, W0, bias, F.linear(h, core) if dense else h * core, U)

@@ -3,15 +3,14 @@
     W = U_r diag(s) V_rᵀ + W_e,   W_e = W0 − U_r Σ_r V_rᵀ frozen          (section 3)
 
 Trained: s, the r largest singular values, r numbers a matrix.  Start: s = σ_1 .. σ_r, so W = W0 (to rounding).
-With all ranks the order of products is that of svd.apply_factors (as SVFT plain); else W0 x plus a thin update.
+The order of products is that of svd.apply_factors with all ranks (as SVFT plain), else of svd.apply_beside.
 The paper takes r = all, or the smallest r that holds 99 % of the energy Σ σ_i². There is no public code.
 """
 
 import torch.nn as nn
-import torch.nn.functional as F
 
-from .adapter import Adapter, add_update, is_number, whole
-from .svd import apply_factors, thin_svd
+from .adapter import Adapter, is_number, whole
+from .svd import apply_beside, apply_factors, thin_svd
 
 
 class SVFit(Adapter):
@@ -45,7 +44,7 @@ class SVFit(Adapter):
     def forward(self, x):
         if self.W0 is None:
             return apply_factors(x, self.U, self.s, self.Vt, self.bias)
-        return add_update(x, self.W0, self.bias, F.linear(x, self.Vt) * (self.s - self.S), self.U)
+        return apply_beside(x, self.W0, self.U, self.s - self.S, self.Vt, self.bias)
 
     @staticmethod
     def count(d_out, d_in, *, rank=None, energy=None):

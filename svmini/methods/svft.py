@@ -25,10 +25,9 @@ from functools import lru_cache
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
-from .adapter import Adapter, add_update, whole
-from .svd import apply_factors, thin_svd
+from .adapter import Adapter, whole
+from .svd import apply_beside, apply_factors, thin_svd
 
 PATTERNS = ("plain", "banded", "random", "topk")
 
@@ -76,22 +75,9 @@ class SVFT(Adapter):
 
     def forward(self, x):
         """The same as F.linear(x, self.weight, self.bias), in the order of products that costs least."""
-        core = self.core()
         if self.W0 is None:
-            return apply_factors(x, self.U, core, self.Vt, self.bias)
-        if self.build_is_cheaper(x.numel() // x.shape[-1]):
-            return F.linear(x, self.weight, self.bias)
-        h = F.linear(x, self.Vt)                                # (..., r)
-        h = h * core if core.dim() == 1 else F.linear(h, core)
-        return add_update(x, self.W0, self.bias, h, self.U)
-
-    def build_is_cheaper(self, T):
-        """Whether T tokens cost less by W = W0 + U M Vᵀ than by W0 x + U M Vᵀ x: products of a training step, forward
-        and backward, in units of T d_out d_in."""
-        r, d_out, d_in, dense = len(self.S), self.out_features, self.in_features, self.options["pattern"] != "plain"
-        thin = 2 + 2 * (r / d_out + r / d_in) + dense * 3 * r * r / (d_out * d_in)
-        built = 3 + 2 * r / T + dense * 2 * r * r / (T * d_in) if T else 0
-        return built < thin
+            return apply_factors(x, self.U, self.core(), self.Vt, self.bias)
+        return apply_beside(x, self.W0, self.U, self.core(), self.Vt, self.bias)
 
     @staticmethod
     def count(d_out, d_in, *, pattern="banded", off_diagonals=2, rank=None, basis="singular", seed=0):

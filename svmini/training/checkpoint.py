@@ -23,7 +23,7 @@ class Run:
 
     def __init__(self, folder=None, conditions=None, resume=False, save_every=0, eval_every=0):
         self.folder = None if folder is None else Path(folder)
-        self.conditions, self.resume = plain(conditions or {}), resume
+        self.conditions, self.resume = after_json(conditions or {}), resume
         self.save_every, self.eval_every, self.log = save_every, eval_every, []
         if self.folder is not None and not resume:
             forget(self.folder)
@@ -100,7 +100,7 @@ def forget(folder):
 
 def differences(was, now):
     """["steps was 100 and is 200", ...] of two dicts of plain values."""
-    now = plain(now)
+    now = after_json(now)
     found = []
     for key in sorted(was.keys() | now.keys()):
         a, b = was.get(key), now.get(key)
@@ -111,7 +111,7 @@ def differences(was, now):
     return found
 
 
-def plain(values):
+def after_json(values):
     """As they come back from a JSON file: tuples are lists."""
     return json.loads(json.dumps(values))
 

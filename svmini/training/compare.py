@@ -17,7 +17,7 @@ from ..adapting import (adapt, count_trainable, digests, find_linears, fingerpri
 from ..errors import InputError
 from ..methods import METHODS, WHOLE, options_of, parse_word, same_word
 from ..model_file import about_made_of, save_model
-from .checkpoint import Run, differences, forget, plain, read_json
+from .checkpoint import Run, after_json, differences, forget, read_json
 from .loop import Diverged, evaluate, train
 
 
@@ -159,7 +159,7 @@ def tune(rates, base, task, settings, machine, out, points, resume=False):
     and keeps it in out/tune.json, where a resumed command finds it. best is None where every rate diverged.
     """
     path, found = Path(out) / "tune.json", {}
-    conditions = plain(conditions_of(base, task, settings, machine))
+    conditions = after_json(conditions_of(base, task, settings, machine))
     if not resume:
         path.unlink(missing_ok=True)   # a later --resume must not meet it
     elif path.is_file():

@@ -8,15 +8,16 @@ import pytest
 import torch
 
 import answers
-from svmini import METHODS, ViT, ViTConfig
+from svmini import METHODS, ViT, ViTConfig, adapt
 from svmini.command_line import method_word
-from svmini.model_file import save_model
+from svmini.model_file import load_base, save_model
 
 LAB = Path(__file__).parents[2] / "docs" / "lab"
 sys.path.append(str(LAB))
 
 import exercises
 import test_lab
+import truncate
 import update
 
 STUBS = [name.removeprefix("test_") for name, x in vars(test_lab).items() if hasattr(x, "grade")]
@@ -109,6 +110,23 @@ def test_update_prints_the_shares(monkeypatch, capsys, tmp_path):
     assert [line.split()[0] for line in lines[1:]] == list(ViT.targets)
     shares = [float(x) for x in lines[1].split()[4:10]]
     assert shares[1::2] == [0.062, 0.289, 0.781] and all(0 < x < 1 for x in shares)
+
+
+def test_truncate_keeps_the_first_singular_values(tmp_path):
+    torch.manual_seed(0)
+    model = ViT(ViTConfig(8, 4, 3, 4, 1, 2, 16))
+    save_model(tmp_path / "base.pt", model, {"data": "glyphs A"})
+    truncate.main(str(tmp_path / "base.pt"), 5, tmp_path / "cut.pt")
+    cut, about = load_base(tmp_path / "cut.pt", ViT)
+    assert about["data"] == "glyphs A" and torch.equal(cut.head.weight, model.head.weight)
+    for target in ViT.targets:
+        name = next(name for name, _ in model.named_modules() if name.endswith(f".{target}"))
+        before, after = (m.get_submodule(name).weight.double() for m in (model, cut))
+        U, S, Vt = torch.linalg.svd(before, full_matrices=False)
+        torch.testing.assert_close(after, U[:, :5] * S[:5] @ Vt[:5], rtol=0, atol=1e-6)
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():   # U_r (Σ_r + M) V_rᵀ from M = 0
+        torch.testing.assert_close(adapt(cut, "svft", rank=5, off_diagonals=2)(x), load_base(tmp_path / "cut.pt", ViT)[0](x))
 
 
 def test_the_commands_of_lab_md(monkeypatch):

@@ -86,13 +86,13 @@ def test_a_method_that_is_dropped_in_passes(new, monkeypatch, tmp_path):
 
 
 def test_fourierft_is_its_equation(monkeypatch):
-    """ΔW_pq = α / (d_out d_in) Σ c cos(2π (p j / d_out + q k / d_in)), summed over its n places (j, k)."""
+    """ΔW_pq = 300 / (d_out d_in) Σ c cos(2π (p j / d_out + q k / d_in)), summed over its n places (j, k)."""
     monkeypatch.setitem(METHODS, "new", fourierft())
-    layer = layer_of("new:n=5,seed=3,alpha=7", "wide")
+    layer = layer_of("new:n=5,seed=3", "wide")
     p, q = torch.arange(16.0, dtype=torch.float64)[:, None], torch.arange(24.0, dtype=torch.float64)
     expected = linear("wide").weight.detach().clone()
     for c, n in zip(layer.c.detach(), layer.where.tolist()):
-        expected += 7 / (16 * 24) * c * torch.cos(2 * torch.pi * (p * (n // 24) / 16 + q * (n % 24) / 24))
+        expected += 300 / (16 * 24) * c * torch.cos(2 * torch.pi * (p * (n // 24) / 16 + q * (n % 24) / 24))
     assert_close(layer.weight, expected, 1e-10)
 
 

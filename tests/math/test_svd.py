@@ -10,7 +10,7 @@ import svmini.methods.svd
 from layers import SHAPES, TOKENS, assert_close, layer_of, linear, shapes_of, tokens, words
 from svmini import METHODS, adapt
 from svmini.methods import parse_word
-from svmini.methods.svd import apply_factors, forget, thin_svd
+from svmini.methods.svd import apply_beside, apply_factors, forget, thin_svd
 
 
 @pytest.mark.parametrize("dtype, eps", [(torch.float32, 3e-6), (torch.float64, 3e-13)], ids=str)
@@ -125,18 +125,21 @@ def test_no_exact_order_is_cheaper_than_apply_factors(kind, shape):
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (16, 64), (64, 16), (20, 16)], ids=str)
-@pytest.mark.parametrize("options", ("pattern=plain", "off_diagonals=1"))
+@pytest.mark.parametrize("kind", ("diagonal", "any"))
 @pytest.mark.parametrize("rank", (2, 5, 8, 12, 15, 16))
-def test_neither_of_two_orders_is_cheaper_than_svfts_beside_w0(rank, options, shape):
-    """W = W0 + U M Vᵀ built, or W0 x plus a thin update, for a rank and for a random basis (where D = 16 as well)."""
-    layer = layer_of(f"svft:{options},rank={rank},basis=random", shape)
+def test_neither_order_is_cheaper_than_apply_beside(rank, kind, shape):
+    W0 = linear(shape).weight.detach()
+    U, S, Vt = thin_svd(W0)
+    U, Vt = U[:, :rank], Vt[:rank]
+    core = (S[:rank] if kind == "diagonal" else torch.diag(S[:rank]) + 0.1).requires_grad_()
+    if kind == "diagonal":
+        orders = [lambda x, s: F.linear(x, W0 + (U * s) @ Vt), lambda x, s: F.linear(F.linear(x, Vt) * s, U)]
+    else:
+        orders = [lambda x, C: F.linear(x, W0 + (U @ C) @ Vt), lambda x, C: F.linear(F.linear(F.linear(x, Vt), C), U)]
     for T in MANY:
-        taken, costs = flops(layer, T, shape[1]), []
-        for build in (True, False):
-            layer.build_is_cheaper = lambda T, build=build: build
-            costs.append(flops(layer, T, shape[1]))
-        del layer.build_is_cheaper
-        assert taken == min(costs)
+        built, thin = (flops(order, T, shape[1], core) for order in orders)
+        thin += flops(lambda x: F.linear(x, W0), T, shape[1])
+        assert flops(lambda x, c: apply_beside(x, W0, U, c, Vt, None), T, shape[1], core) == min(built, thin)
 
 
 # ---- modes ----

@@ -40,7 +40,7 @@ def things(tmp_path_factory):
     torch.save({"kind": "svmini model", "content": 3}, folder / "odd.pt")
     torch.save({"a": torch.ones(2)}, folder / "other.pt")
     save_adapter(adapt(vit.new_head(26), "lora", rank=2), folder / "vit-adapter.pt",
-                 {"data": "glyphs B", "image_size": 24, "num_classes": 26})
+                 {"data": "glyphs B", "image_size": 24, "classes": list("abcdefghijklmnopqrstuvwxyz")})
     save_adapter(adapt(gpt, "svft"), folder / "gpt-adapter.pt")
     files.save(folder / "run.pt", "run", {})
     (folder / "notes.pt").write_text("a text file\n", encoding="utf-8")

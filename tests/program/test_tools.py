@@ -13,8 +13,8 @@ from fake_sets import build_tree
 from svmini import GPT, GPTConfig, ViT, ViTConfig, adapt, load_adapter, save_adapter
 from svmini import command_line, export, generate, predict
 from svmini.data import glyphs
-from svmini.data.pictures import Pictures
-from svmini.data.picture_sets import open_pictures
+from svmini.data.pictures import Pictures, prepare
+from svmini.data.picture_sets import open_pictures, read_file
 from svmini.data.questions import Arithmetic, decode
 from svmini.data.tokenizers import bpe_tokenizer
 from svmini.model_file import class_of, load_adapted, load_base, load_model, save_model
@@ -49,12 +49,12 @@ def folder(tmp_path_factory):
     model = moved(ViT(ViTConfig(24, 6, 1, 34, 1, 2, 16)))
     save_model(out / "vit.pt", model, {"data": "glyphs A"})
     save_adapter(moved(adapt(model.new_head(26), "lora", rank=2)), out / "vit-adapter.pt",
-                 {"data": "glyphs B", "image_size": 24, "num_classes": 26})
+                 {"data": "glyphs B", "image_size": 24, "classes": list("abcdefghijklmnopqrstuvwxyz")})
     model = moved(ViT(ViTConfig(16, 8, 3, 5, 1, 2, 16)))
     torch.save(model.to_torchvision(), out / "raw-vit.pt")
     build_tree(out / "pictures", {"train": 6, "test": 2})
     save_adapter(moved(adapt(model.new_size(24).new_head(4), "svfit")), out / "raw-vit-adapter.pt",
-                 {"data": f"folder:{out / 'pictures'}", "image_size": 24, "num_classes": 4})
+                 {"data": f"folder:{out / 'pictures'}", "image_size": 24, "classes": ["ant", "bee", "cow", "dog"]})
     return out
 
 
@@ -124,6 +124,20 @@ def test_predict_says_the_accuracy_on_what_a_model_was_trained_on(base, adapter,
     accuracy = evaluate(model, task, "test", CPU)["metric"]
     assert said.startswith(f"{data}: accuracy {accuracy:.1f} on {count} test pictures; ")
     assert (tmp_path / "predictions.png").read_bytes().startswith(b"\x89PNG") and about["data"] == data
+
+
+def test_predict_names_pictures_of_ones_own(folder, tmp_path, capsys):
+    argv = ["--init", folder / "raw-vit.pt", "--n-head", 2, "--device", "cpu"]
+    paths = sorted((folder / "pictures" / "test").rglob("*.jpg"))[::3]
+    model, about = load_adapted(folder / "raw-vit.pt", folder / "raw-vit-adapter.pt", ViT, 2)
+    x = prepare(torch.stack([read_file(path, 24) for path in paths]), 24, model.config.mean, model.config.std)
+    chances = model.eval()(x).softmax(dim=1)
+    said = call(predict, capsys, *paths, *argv, "--adapter", folder / "raw-vit-adapter.pt").splitlines()
+    assert said == [f"{path}: {about['classes'][p.argmax()]} ({100 * p.max():.0f} %)" for path, p in zip(paths, chances)]
+    assert len(said) == 3 and {"ant", "bee", "cow", "dog"} >= {line.split(": ")[1].split(" ")[0] for line in said}
+    assert call(predict, capsys, paths[0], *argv).startswith(f"{paths[0]}: class "), "a base that does not name them"
+    assert not list(tmp_path.iterdir())
+    assert "none.jpg is no picture that can be read" in call(predict, capsys, tmp_path / "none.jpg", *argv, code=2)
 
 
 # ---- export ----

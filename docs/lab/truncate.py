@@ -1,0 +1,27 @@
+"""python docs/lab/truncate.py BASE RANK OUT: a base whose adapted matrices keep only their first RANK singular values.
+
+On it, svft:rank=RANK is U_r (Σ_r + M) V_rᵀ: the SVFT paper's study of truncation, which drops the residual.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))   # svmini, from wherever this is called
+
+from svmini.adapting import find_linears
+from svmini.methods.svd import thin_svd
+from svmini.model_file import class_of, load_base, save_model
+
+
+def main(base, rank, out):
+    model, about = load_base(base, class_of(base))
+    for linear in find_linears(model, model.targets, model.also_train).values():
+        U, S, Vt = thin_svd(linear.weight)
+        linear.weight.data = U[:, :rank] * S[:rank] @ Vt[:rank]
+    save_model(out, model, about)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit(__doc__)
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
