@@ -21,6 +21,8 @@ def command(argv):
     p.add_argument("--minus", default=report.REFERENCE, metavar="M", help="the method that is subtracted from each")
     p.add_argument("--plot", metavar="FILE", help="also write a picture there, a PNG")
     flags = p.parse_args(argv)
+    if len({Path(path).resolve() for path in flags.results}) < len(flags.results):
+        raise InputError("a file is named twice: a spread over the same results means nothing")
     rows = [row for i, path in enumerate(flags.results) for row in averaged(path, i)]
     recover(rows)
     metric = {(row["method"], row["seed"]): row["metric"] for row in rows}

@@ -1,4 +1,4 @@
-"""For all tests: one thread, since the models are tiny and threads would only wait for one another; and the slow mark."""
+"""For all tests: one thread, since the models are tiny and threads would wait for one another; and the slow mark."""
 
 import pytest
 import torch

@@ -34,6 +34,12 @@ def graded(grade):
     return test
 
 
+def right(is_right, hint):
+    """Fail with the hint alone: pytest's own comparison would print the answer."""
+    if not is_right:
+        pytest.fail(hint, pytrace=False)
+
+
 def problem(shape, seed):
     """W0, its factors, and an M in a band of 2: float64."""
     W0, g = linear(shape, seed=seed).weight.detach(), torch.Generator().manual_seed(seed)
@@ -51,7 +57,9 @@ def test_counts_of_a_matrix(count):
                       for method in ("lora", "vera"))
         for d in range(D):
             k = sum(abs(i - j) <= d for i in range(D) for j in range(D))
-            assert tuple(count(d_out, d_in, d, 3)) == (k, lora, vera), f"d_out={d_out}, d_in={d_in}, d={d}, r=3"
+            for name, got, n in zip(("SVFT", "LoRA", "VeRA"), count(d_out, d_in, d, 3), (k, lora, vera)):
+                right(got == n and type(got) is int, f"d_out={d_out}, d_in={d_in}, d={d}, r=3: {got!r} is not what "
+                                                     f"{name} trains: let the loop count")
 
 
 @graded
@@ -60,7 +68,8 @@ def test_vit_b16(count):
     rows = {"svft": ("ViT-B/16", "svft", "pattern=banded d=2"), "lora": ("ViT-B/16", "lora", "rank=8"),
             "vera": ("DeBERTaV3-base", "vera", "rank=1024")}
     for name, row in rows.items():
-        assert count()[name] == table[row], f"{name}: {count()[name]:,} is not what the paper rounds"
+        right(count()[name] == table[row], f"{name}: {count()[name]:,} is not what the paper prints, with two digits, "
+                                           "rounded or cut off")
 
 
 def test_columns(tmp_path):
@@ -71,7 +80,10 @@ def test_columns(tmp_path):
     for shape in SHAPES:
         assert METHODS["columns"].count(*shape) == shape[1]
         layer = layer_of("columns:", shape)
-        assert_close(layer.weight, linear(shape).weight @ torch.diag(*layer.parameters()))
+        trained = list(layer.parameters())
+        right(len(trained) == 1 and trained[0].shape == shape[1:], "the one Parameter is g (d_in,): W0 is kept by `keep`")
+        right(torch.allclose(layer.weight, linear(shape).weight @ torch.diag(trained[0])),
+              "weight is not W0 diag(g) of the trained g, which starts at 1")
     for check in test_contract.CHECKS:
         test_contract.run(check, "columns:", tmp_path)
     test_gradients.check_layer("columns:")
@@ -120,7 +132,7 @@ def test_caught(caught, word="svft:off_diagonals=3"):
                     check()
                 except AssertionError:
                     seen.add(name)
-        assert answer == seen, f"{place}: plant it in svft.py and run python -m pytest tests/math -k svft"
+        right(answer == seen, f"{place}: plant it in svft.py and run the checks of svft:off_diagonals=3")
 
 
 @graded
@@ -143,11 +155,12 @@ def test_train_both(train):
 def test_how_learned(learned):
     for seed, shape in enumerate([*SHAPES, (33, 64)]):
         start = linear(shape, seed=seed).weight.detach()
-        W = (seed * start + tokens(*shape, seed=9)) * 3
+        W = ((seed - 2) * start + tokens(*shape, seed=9)) * 3
         cosine = (W * start).sum() / ((W * W).sum() * (start * start).sum()).sqrt()
         squares = torch.linalg.eigvalsh(W @ W.t() if shape[0] <= shape[1] else W.t() @ W).flip(0)
-        for got, right in zip(learned(W, start), (cosine, squares[:len(squares) // 4].sum() / squares.sum())):
-            assert math.isclose(got, right, rel_tol=1e-8), f"{shape}: {got} is not {right}"
+        energy = squares[:len(squares) // 4].sum() / squares.sum()
+        for name, got, number in zip(("cosine", "energy"), learned(W, start), (cosine, energy)):
+            right(math.isclose(got, number, rel_tol=1e-8), f"W of {shape}: {got} is not the {name}")
 
 
 @graded
@@ -158,7 +171,8 @@ def test_band_share(share):
             C = [[(U[:, i] @ dW @ Vt[j]).item() for j in range(len(S))] for i in range(len(S))]
             for d in (0, 2, len(S) - 1):
                 inside = sum(c * c for i, row in enumerate(C) for j, c in enumerate(row) if abs(i - j) <= d)
-                assert math.isclose(share(W0, W0 + dW, d), inside / dW.square().sum(), rel_tol=1e-8), (shape, d)
+                right(math.isclose(share(W0, W0 + dW, d), inside / dW.square().sum(), rel_tol=1e-8),
+                      f"W of {shape}, d={d}: not the share that the loop gives")
 
 
 @graded
@@ -187,7 +201,10 @@ def test_TinyFile(file):
         for sign in (sign, -sign, sign.flip(0)):
             W = file.read(content, U * sign, S, Vt * sign[:, None])
             assert_close(W, U @ (torch.diag(S) + M) @ Vt, 1e-10)
-        noise, turned = tokens(*shape), torch.linalg.qr(U + 0.01 * tokens(*U.shape)).Q
-        for other in (thin_svd(W0 + 0.01 * W0.norm() / noise.norm() * noise), (turned, S, Vt), (U, 1.01 * S, Vt)):
+        noise = tokens(*shape)
+        noise -= noise.mean()                                  # the sum of all entries stays what it was
+        turned_U, turned_V = (torch.linalg.qr(Q + 0.01 * tokens(*Q.shape)).Q for Q in (U, Vt.t()))
+        for other in (thin_svd(W0 + 0.01 * W0.norm() / noise.norm() * noise), (turned_U, S, Vt), (U, S, turned_V.t()),
+                      (U, 1.01 * S, Vt)):
             with pytest.raises(ValueError):
                 file.read(content, *other)

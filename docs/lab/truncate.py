@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))   # svmini, from wherever this is called
 
 from svmini.adapting import find_linears
+from svmini.command_line import run
 from svmini.methods.svd import thin_svd
 from svmini.model_file import class_of, load_base, save_model
 
@@ -24,4 +25,4 @@ def main(base, rank, out):
 if __name__ == "__main__":
     if len(sys.argv) != 4:
         sys.exit(__doc__)
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    sys.exit(run(lambda argv: main(argv[0], int(argv[1]), argv[2]), sys.argv[1:]))

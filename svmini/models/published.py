@@ -60,7 +60,8 @@ def read_file(path, urls):
     except ImportError:
         raise InputError(f"reading {path} needs the package safetensors: pip install safetensors") from None
     except Exception as error:   # unpickling fails in many ways; each means that this is not such a file
-        raise InputError(f"{path} is no file of weights that torch can read ({one_line(error).split('. ')[0]})") from None
+        said = one_line(error).split(". ")[0]
+        raise InputError(f"{path} is no file of weights that torch can read ({said})") from None
     if not isinstance(state, dict):
         raise InputError(f"{path} holds a {type(state).__name__}, not a state dict")
     return state

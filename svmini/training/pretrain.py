@@ -37,8 +37,9 @@ def pretrain(model, task, settings, machine, folder, about, *, resume=False, sav
     train(model, task, settings, machine, run, "pretrain")
     metric = evaluate(model, task, "test", machine)["metric"]
     learned = how_learned(model.cpu(), start)
-    result = (f"test {task.metric} {metric:.4g} on {task.name}; cosine to the random start {learned['cosine']:.2f} (near 1: hardly learned), "
-              f"{100 * learned['energy']:.0f} % of the energy in the first quarter of the singular directions")
+    result = (f"test {task.metric} {metric:.4g} on {task.name}; cosine to the random start {learned['cosine']:.2f} "
+              f"(near 1: hardly learned), {100 * learned['energy']:.0f} % of the energy in the first quarter of the "
+              "singular directions")
     about = about | {"conditions": run.conditions, "metric": metric, "learned": learned, "result": result,
                      "published": False}
     save_model(path, model, about)

@@ -129,8 +129,8 @@ def plot(path, rows):
             axes.annotate(t["method"], (0.01, mean), xycoords=("axes fraction", "data"), va="bottom", color=grey)
     for i, (name, points) in enumerate(lines.items()):
         x, y, deviation = zip(*sorted(points))
-        axes.errorbar(x, y, yerr=deviation if any(deviation) else None, marker="osD^vP"[i % 6], fillstyle="none", capsize=3, linewidth=1,
-                      color=f"C{i % 10}", label=name)
+        axes.errorbar(x, y, yerr=deviation if any(deviation) else None, marker="osD^vP"[i % 6], fillstyle="none",
+                      capsize=3, linewidth=1, color=f"C{i % 10}", label=name)
     axes.set_xscale("log")
     axes.set_xlabel("numbers trained beside the head", color=grey)
     axes.set_ylabel(rows[0]["metric_name"], color=grey)

@@ -32,6 +32,17 @@ def own_signs(c, U, S, Vt):
     return right.read(c | {"sign": U.gather(0, c["row"])[0].sign()}, U, S, Vt)
 
 
+def sum_of(U, S, Vt, M):
+    return right.write(U, S, Vt, M) | {"Wz": (U * S @ Vt).sum()[None]}
+
+
+def by_sum(c, U, S, Vt):   # that base's sum of entries, which another base may share
+    if not torch.allclose((U * S @ Vt).sum()[None], c["Wz"]):
+        raise ValueError
+    sign = c["sign"] * U.gather(0, c["row"])[0].sign()
+    return U @ (torch.diag(S) + answers.after_flip(c["M"], sign)) @ Vt
+
+
 WRONG = {
     "counts_of_a_matrix": [lambda d_out, d_in, d, r: (min(d_out, d_in) * (2 * d + 1), r * (d_in + d_out), d_out + r),
                            lambda d_out, d_in, d, r: answers.counts_of_a_matrix(d_in, d_out, d, r)],
@@ -43,13 +54,14 @@ WRONG = {
     "caught": [lambda place: {"finite differences", "closed form"}, lambda place: {"two roads", "finite differences"}],
     "train_both": [lambda *a: answers.train_both(*a, weight_decay=0.1), lambda *a: answers.train_both(*a)[::-1],
                    lambda *a: answers.train_both(*a[:3], 19, a[4])],
-    "how_learned": [lambda W, start: (1.0, answers.how_learned(W, start)[1]),
+    "how_learned": [lambda W, start: (abs(answers.how_learned(W, start)[0]), answers.how_learned(W, start)[1]),
+                    lambda W, start: (1.0, answers.how_learned(W, start)[1]),
                     lambda W, start: (answers.how_learned(W, start)[0], answers.how_learned(start, W)[1])],
     "band_share": [lambda W0, W, d: answers.band_share(W, W0, d), lambda W0, W, d: answers.band_share(W0, W, d + 1),
                    lambda W0, W, d: answers.band_share(W0, W, d) / answers.band_share(W0, W, 99)],   # of C, not of ΔW
     "rank_k_and_rank_1": [lambda D, k: answers.rank_k_and_rank_1(D, k)[::-1], lambda D, k: (torch.eye(D),) * 2],
     "after_flip": [lambda M, sign: M, lambda M, sign: M * sign],
-    "TinyFile": [file(read=own_signs), file(read=lambda *a: right.read(*a, close=float("inf"))),
+    "TinyFile": [file(read=own_signs), file(write=sum_of, read=by_sum), file(read=lambda *a: right.read(*a, close=float("inf"))),
                  file(lambda U, S, Vt, M: right.write(U, S, Vt, M) | {"U": U, "Vt": Vt})],
 }
 
@@ -59,9 +71,14 @@ def start_elsewhere(self, linear):
     self.g.data += 0.01
 
 
+def trains_W0(self, linear):
+    answers.Columns.__init__(self, linear)
+    self.W0 = torch.nn.Parameter(self.W0.clone())
+
+
 WRONG_COLUMNS = [type("Columns", (answers.Columns,), wrong) for wrong in (
     {"weight": property(lambda self: self.W0 * self.g[:1])}, {"count": staticmethod(lambda d_out, d_in: d_out)},
-    {"weight": property(lambda self: self.W0 * self.g.detach())}, {"__init__": start_elsewhere}, {"examples": ()},
+    {"weight": property(lambda self: self.W0 * self.g.detach())}, {"__init__": trains_W0}, {"__init__": start_elsewhere}, {"examples": ()},
     {"forward": lambda self, x: (x * self.g) @ self.W0.t()})]   # no bias
 
 
@@ -96,7 +113,7 @@ def test_a_method_of_ones_own(monkeypatch, tmp_path):
     test_lab.test_columns(tmp_path)
     for wrong in WRONG_COLUMNS:
         monkeypatch.setitem(METHODS, "columns", wrong)
-        with pytest.raises((AssertionError, RuntimeError)):
+        with pytest.raises((AssertionError, RuntimeError, pytest.fail.Exception)):
             test_lab.test_columns(tmp_path)
 
 
@@ -109,7 +126,11 @@ def test_update_prints_the_shares(monkeypatch, capsys, tmp_path):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == list(ViT.targets)
     shares = [float(x) for x in lines[1].split()[4:10]]
-    assert shares[1::2] == [0.062, 0.289, 0.781] and all(0 < x < 1 for x in shares)
+    assert shares[1::2] == [0.0625, 0.2891, 0.7812] and all(0 < x < 1 for x in shares)
+    W0, W = (load_base(tmp_path / f"{i}.pt", ViT)[0].blocks[0].mlp.down.weight.double() for i in (0, 1))
+    S = torch.linalg.svdvals(W - W0)
+    assert lines[-1].split()[10:] == [f"{S.norm() / W0.norm():.2f}", "16", "of", "16",
+                                      f"{S[:2].square().sum() / S.square().sum():.2f}"]
 
 
 def test_truncate_keeps_the_first_singular_values(tmp_path):
@@ -126,7 +147,8 @@ def test_truncate_keeps_the_first_singular_values(tmp_path):
         torch.testing.assert_close(after, U[:, :5] * S[:5] @ Vt[:5], rtol=0, atol=1e-6)
     x = torch.randn(2, 3, 8, 8)
     with torch.no_grad():   # U_r (Σ_r + M) V_rᵀ from M = 0
-        torch.testing.assert_close(adapt(cut, "svft", rank=5, off_diagonals=2)(x), load_base(tmp_path / "cut.pt", ViT)[0](x))
+        expected = cut(x)
+        torch.testing.assert_close(adapt(cut, "svft", rank=5, off_diagonals=2)(x), expected)
 
 
 def test_the_commands_of_lab_md(monkeypatch):

@@ -45,14 +45,14 @@ class LoRAXS(Adapter):
         whole("rank", rank, 1, min(d_out, d_in))
 
 
-class Diagonal(Adapter):
-    """W = W0 diag(g), g trained from one: d_in numbers. It has no options, and takes forward and check as they are."""
+class Rows(Adapter):
+    """W = diag(g) W0, g trained from one: d_out numbers. It has no options, and takes forward and check as they are."""
     examples = ("",)
 
     def __init__(self, linear):
         super().__init__(linear)
         self.register_buffer("W0", linear.weight.detach())  # stored with the adapter: not needed, and not wrong
-        self.g = nn.Parameter(linear.weight.new_ones(self.in_features))
+        self.g = nn.Parameter(linear.weight.new_ones(self.out_features, 1))
 
     @property
     def weight(self):
@@ -60,7 +60,7 @@ class Diagonal(Adapter):
 
     @staticmethod
     def count(d_out, d_in):
-        return d_in
+        return d_out
 
 
 def fourierft():
@@ -73,7 +73,7 @@ def fourierft():
     return module["FourierFT"]
 
 
-@pytest.mark.parametrize("new", (lambda: LoRAXS, lambda: Diagonal, fourierft), ids=("loraxs", "diagonal", "fourierft"))
+@pytest.mark.parametrize("new", (lambda: LoRAXS, lambda: Rows, fourierft), ids=("loraxs", "rows", "fourierft"))
 def test_a_method_that_is_dropped_in_passes(new, monkeypatch, tmp_path):
     monkeypatch.setitem(METHODS, "new", new())
     own = [word for word in words() if word.startswith("new:")]

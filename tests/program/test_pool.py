@@ -51,3 +51,5 @@ def test_what_is_missing_is_said(tmp_path):
         pool.command([file])
     with pytest.raises(InputError, match="there is no file"):
         pool.command([str(tmp_path / "b.json")])
+    with pytest.raises(InputError, match="named twice"):
+        pool.command([str(tmp_path / "a.json"), str(tmp_path / "a.json")])

@@ -133,7 +133,8 @@ def test_predict_names_pictures_of_ones_own(folder, tmp_path, capsys):
     x = prepare(torch.stack([read_file(path, 24) for path in paths]), 24, model.config.mean, model.config.std)
     chances = model.eval()(x).softmax(dim=1)
     said = call(predict, capsys, *paths, *argv, "--adapter", folder / "raw-vit-adapter.pt").splitlines()
-    assert said == [f"{path}: {about['classes'][p.argmax()]} ({100 * p.max():.0f} %)" for path, p in zip(paths, chances)]
+    assert said == [f"{path}: {about['classes'][p.argmax()]} ({100 * p.max():.0f} %)"
+                    for path, p in zip(paths, chances)]
     assert len(said) == 3 and {"ant", "bee", "cow", "dog"} >= {line.split(": ")[1].split(" ")[0] for line in said}
     assert call(predict, capsys, paths[0], *argv).startswith(f"{paths[0]}: class "), "a base that does not name them"
     assert not list(tmp_path.iterdir())
