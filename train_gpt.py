@@ -13,6 +13,7 @@ from svmini.errors import InputError
 from svmini.training import compare, pretrain, report
 from svmini.training.loop import Settings
 from svmini.training.machine import pick_machine
+from svmini.training.rates import GPT as RATES
 
 TEXTS = ("topics", "tinyshakespeare", "stdlib", "file:PATH")
 DATA = [*TEXTS[:1], "arithmetic", *TEXTS[1:], "gsm8k", "qa:PATH"]   # to adapt to
@@ -35,21 +36,6 @@ MODEL = {   # of a base of one's own
 MAIN = ["full", "svfit", "svft:pattern=plain", "svft:off_diagonals=2", "svft:off_diagonals=8",
         "lora:rank=1", "lora:rank=2", "lora:rank=8", "dora:rank=8", "vera:rank=256"]
 QUICK = ["full", "svft:off_diagonals=8", "lora:rank=8"]
-RATES = {   # learning rates, found by --tune 5 on validation data: docs/results.md has the grids; pairs take text's
-    "text": {
-        "full": 4e-3, "svfit": 3.2e-1, "svft:pattern=plain": 3.2e-1, "svft:off_diagonals=2": 8e-2,
-        "svft:off_diagonals=8": 4e-2, "lora:rank=1": 4e-2, "lora:rank=2": 2e-2, "lora:rank=8": 2e-2,
-        "dora:rank=8": 2e-2, "vera:rank=256": 1e-1},
-    "arithmetic": {
-        "full": 4e-3, "svfit": 8e-2, "svft:pattern=plain": 8e-2, "svft:off_diagonals=2": 4e-2,
-        "svft:off_diagonals=8": 4e-2, "lora:rank=1": 2e-2, "lora:rank=2": 1e-2, "lora:rank=8": 1e-2,
-        "dora:rank=8": 2e-2, "vera:rank=256": 1e-1},
-    # svft's are those of its authors' scripts for Gemma-2B, the others a customary first try
-    "published": {
-        "full": 5e-5, "svfit": 5e-2, "svft:pattern=plain": 5e-2, "svft:off_diagonals=2": 5e-3,
-        "svft:off_diagonals=8": 5e-3, "lora:rank=1": 5e-4, "lora:rank=2": 5e-4, "lora:rank=8": 5e-4,
-        "dora:rank=8": 5e-4, "vera:rank=256": 2e-2},
-}
 
 
 def main(argv=None):

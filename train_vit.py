@@ -11,6 +11,7 @@ from svmini.data.pictures import Pictures, save_grid
 from svmini.training import compare, pretrain, report
 from svmini.training.loop import Settings
 from svmini.training.machine import pick_machine
+from svmini.training.rates import VIT as RATES
 
 # what --data names, to adapt to: what a base for it is pretrained on, where no --init brings one
 DATA = {"glyphs": "glyphs", **{word: real.base for word, real in REAL.items()}, "folder:PATH": None}
@@ -23,21 +24,6 @@ ADAPT = Settings(steps=200, lr=0.0, batch_size=32, head_lr=4e-3)   # lr: from RA
 MAIN = ["head", "full", "svfit", "svft:pattern=plain", "svft:off_diagonals=2", "svft:off_diagonals=8",
         "lora:rank=1", "lora:rank=2", "lora:rank=8", "dora:rank=8", "vera:rank=256"]
 QUICK = ["head", "full", "svft:off_diagonals=8", "lora:rank=8"]
-RATES = {   # learning rates, found by --tune 5 on validation pictures (docs/results.md); other sets take the glyphs'
-    "glyphs": {
-        "head": 1.6e-1, "full": 5e-4, "svfit": 1.2e-1, "svft:pattern=plain": 1.2e-1, "svft:off_diagonals=2": 2.5e-2,
-        "svft:off_diagonals=8": 1e-2, "lora:rank=1": 1e-2, "lora:rank=2": 1e-2, "lora:rank=8": 5e-3,
-        "dora:rank=8": 5e-3, "vera:rank=256": 5e-2, "svft:rank=32,off_diagonals=8": 1e-2,
-        "svft:pattern=plain,basis=random": 8e-2, "svft:off_diagonals=2,basis=random": 2e-2,
-        "svft:off_diagonals=8,basis=random": 1e-2, "svft:rank=32,off_diagonals=8,basis=random": 4e-2,
-        "entries:off_diagonals=0": 8e-2, "entries:off_diagonals=2": 2e-2, "entries:off_diagonals=8": 1e-2,
-        "boft:block_size=4,factors=2": 2e-2, "boft:block_size=2,factors=1": 8e-2},
-    # found on a DINOv2 ViT-S/14, 8 pictures a class (docs/results.md); lora 2 and boft are a first try
-    "published": {
-        "head": 2e-2, "full": 5e-6, "svfit": 1e-2, "svft:pattern=plain": 1e-2, "svft:off_diagonals=2": 2e-3,
-        "svft:off_diagonals=8": 5e-4, "lora:rank=1": 2e-3, "lora:rank=2": 2e-3, "lora:rank=8": 1e-3,
-        "dora:rank=8": 2e-3, "vera:rank=256": 1e-2, "boft:block_size=4,factors=2": 4e-3},
-}
 
 
 def main(argv=None):
@@ -61,8 +47,8 @@ def adapt_and_compare(argv):
         base, base_task, about = new_base(flags, flags.base_data or DATA[flags.data], machine)
     words = compare.all_words(MAIN, base, flags.targets) if flags.methods == ["all"] else flags.methods or (
         QUICK if flags.quick else MAIN)
-    tuned = "published" if about["published"] else flags.data if flags.data in RATES else "glyphs"
-    rates = compare.plan(words, base, flags.targets, RATES[tuned], flags.lr)    # words that do not fit end here
+    tuned = RATES["published"] if about["published"] else RATES["glyphs"] | RATES.get(flags.data, {})
+    rates = compare.plan(words, base, flags.targets, tuned, flags.lr)           # words that do not fit end here
     print(compare.adapted_line(base, flags.targets))
     if not flags.init:
         settings = replace(PRETRAIN, steps=PRETRAIN.steps // (4 if flags.quick else 1), seed=flags.seed)
