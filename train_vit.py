@@ -143,7 +143,7 @@ def new_base(flags, data, machine, sizes=None):
 
 
 def about_adapted(task, base):
-    """What an adapter's file says of itself, so that svmini.predict and svmini.export need no flags."""
+    """What an adapter's file says of itself, so that svmini.predict finds the data and names the classes."""
     return {"data": task.name, "image_size": base.config.image_size, "classes": task.classes}
 
 
@@ -154,7 +154,8 @@ def save_pictures(out, task, rows):
     best = max((r for r in first if r["method"] not in ("head", "full")), key=lambda r: r["metric"], default=None)
     if best is not None:
         save_grid(out / "pictures.png", *task.shown(), head, best["sample"], task.classes)
-        print(f"{out / 'pictures.png'}: test pictures, before is the head alone, after {best['method']}")
+        before = "before is the head alone, " if head else ""
+        print(f"{out / 'pictures.png'}: test pictures, {before}after {best['method']}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def forget():
 @torch.inference_mode(False)   # what is made in inference mode could not be trained with later
 def thin_svd(weight):
     """weight (d_out, d_in) -> U (d_out, D), S (D,) descending, Vt (D, d_in) with D = min(d_out, d_in), in weight's
-    dtype and on its device. Computed in float64 on the CPU; the largest entry of every column of U is positive.
+    dtype and on its device. Computed in float64 on the CPU; in every column of U the entry of largest size is positive.
 
     A singular vector's sign is arbitrary, and u_i v_jᵀ changes with it: the rule makes one machine's M mean the
     same on another. float32 would not do: single vectors are off by 3e-4 there, and the rule can tip over.

@@ -1,4 +1,5 @@
-"""Learning rates of methods, found by --tune on validation data: docs/results.md has the grids.
+"""Learning rates of methods, found by --tune on validation data: docs/results.md has the grids. GPT's published ones
+are a first try.
 
 {what is adapted to, or "published" for a base with published weights: {method word: learning rate}}
 A word that is not here begins at its method's own `lr`.
@@ -23,6 +24,7 @@ VIT = {   # by what is adapted to; other sets take the glyphs'
         "head": 6.4e-1, "svfit": 6e-2, "svft:pattern=plain": 6e-2, "svft:off_diagonals=2": 5e-2,
         "svft:pattern=plain,basis=random": 8e-2, "svft:off_diagonals=2,basis=random": 4e-2,
         "entries:off_diagonals=0": 4e-2, "entries:off_diagonals=2": 4e-2},
+    "mnist": {"head": 3.2e-1, "entries:off_diagonals=0": 1.6e-1},
     # found on a DINOv2 ViT-S/14, 8 pictures a class (docs/results.md); lora 2 and boft are a first try
     "published": {
         "head": 2e-2, "full": 5e-6, "svfit": 1e-2, "svft:pattern=plain": 1e-2, "svft:off_diagonals=2": 2e-3,
