@@ -39,10 +39,7 @@ QUICK = ["full", "svft:off_diagonals=8", "lora:rank=8"]
 
 
 def main(argv=None):
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["pretrain"]:
-        return command_line.run(pretrain_alone, argv[1:])
-    return command_line.run(adapt_and_compare, argv)
+    return command_line.run(adapt_and_compare, argv, pretrain=pretrain_alone)
 
 
 def adapt_and_compare(argv):

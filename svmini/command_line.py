@@ -145,9 +145,12 @@ def out_folder(flags, model):
     return out
 
 
-def run(main, argv):
-    """Call main(argv) and return its exit code. What the user can mend becomes one line on stderr and exit code 2;
-    a mistake of ours, or in a new method, keeps its traceback."""
+def run(main, argv=None, **commands):
+    """Call main(argv), or the command that the first word names, and return its exit code. What the user can mend
+    becomes one line on stderr and exit code 2; a mistake of ours, or in a new method, keeps its traceback."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in commands:
+        main, argv = commands[argv[0]], argv[1:]
     try:
         return main(argv) or 0
     except Stopped as stopped:

@@ -177,4 +177,4 @@ def command(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(run(command, sys.argv[1:]))
+    sys.exit(run(command))

@@ -57,4 +57,4 @@ def averaged(path, i):
 
 
 if __name__ == "__main__":
-    sys.exit(run(command, sys.argv[1:]))
+    sys.exit(run(command))
