@@ -152,6 +152,8 @@ def read_file(path, side):
     from torchvision.transforms import functional
     try:
         picture = Image.open(path).convert("RGB")
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise InputError(f"{path} is no picture that can be read ({one_line(error)}): take it away") from None
     return functional.pil_to_tensor(functional.center_crop(functional.resize(picture, side), [side, side]))

@@ -138,7 +138,9 @@ def test_predict_names_pictures_of_ones_own(folder, tmp_path, capsys):
     assert len(said) == 3 and {"ant", "bee", "cow", "dog"} >= {line.split(": ")[1].split(" ")[0] for line in said}
     assert call(predict, capsys, paths[0], *argv).startswith(f"{paths[0]}: class "), "a base that does not name them"
     assert not list(tmp_path.iterdir())
-    assert "none.jpg is no picture that can be read" in call(predict, capsys, tmp_path / "none.jpg", *argv, code=2)
+    assert "No such file" in call(predict, capsys, tmp_path / "none.jpg", *argv, code=2)
+    (tmp_path / "text.jpg").write_text("no picture")
+    assert "text.jpg is no picture that can be read" in call(predict, capsys, tmp_path / "text.jpg", *argv, code=2)
 
 
 # ---- export ----
