@@ -33,8 +33,8 @@ from .training.report import markdown, spread
 
 GPT, VIT = {"causal": True, "gelu": "tanh", "eps": 1e-5}, {"causal": False, "gelu": "none", "eps": 1e-6}
 # layers, width, heads, block, sequences in a batch, tokens in a sequence
-MODELS = {"tiny": (4, 128, 4, GPT, 8, 128), "vit_s_14": (12, 384, 6, VIT, 8, 50), "vit_b_16": (12, 768, 12, VIT, 8, 197),
-          "gpt2": (12, 768, 12, GPT, 4, 512)}
+MODELS = {"tiny": (4, 128, 4, GPT, 8, 128), "vit_s_14": (12, 384, 6, VIT, 8, 50),
+          "vit_b_16": (12, 768, 12, VIT, 8, 197), "gpt2": (12, 768, 12, GPT, 4, 512)}
 WORDS = ["head", "svfit", "svfit:rank=96", "svft:pattern=plain", "svft:off_diagonals=2", "svft:off_diagonals=8",
          "svft:pattern=random,off_diagonals=8", "lora:rank=8", "dora:rank=8", "vera:rank=256",
          "boft:block_size=4,factors=2"]

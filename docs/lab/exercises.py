@@ -37,8 +37,8 @@ def vit_b16():
 
     {"svft": count, "lora": count, "vera": count} of the whole model. ViT-B/16 has 12 blocks; in each, query, key, value
     and out are (768, 768), up is (3072, 768), down (768, 3072).
-    "svft": banded with d = 2; the paper prints 0.28M.  "lora": rank 8; it prints 1.32M (cut off). Its text says that query, key,
-    value, up and down are adapted in both. Do the numbers say so too?
+    "svft": banded with d = 2; the paper prints 0.28M.  "lora": rank 8; it prints 1.32M (cut off). Its text says that
+    query, key, value, up and down are adapted in both. Do the numbers say so too?
     "vera": rank 1024 on query, key, value and out; it prints 0.09M for DeBERTaV3-base, whose shapes are the same.
     """
     raise ToDo

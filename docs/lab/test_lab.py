@@ -81,7 +81,8 @@ def test_columns(tmp_path):
         assert METHODS["columns"].count(*shape) == shape[1]
         layer = layer_of("columns:", shape)
         trained = list(layer.parameters())
-        right(len(trained) == 1 and trained[0].shape == shape[1:], "the one Parameter is g (d_in,): W0 is kept by `keep`")
+        right(len(trained) == 1 and trained[0].shape == shape[1:],
+              "the one Parameter is g (d_in,): W0 is kept by `keep`")
         right(torch.allclose(layer.weight, linear(shape).weight @ torch.diag(trained[0])),
               "weight is not W0 diag(g) of the trained g, which starts at 1")
     for check in test_contract.CHECKS:

@@ -1,9 +1,9 @@
 """python docs/lab/update.py BASE TUNED: is full fine-tuning's update a band in the singular basis? (exercises 8 and 9)
 
 BASE, TUNED: the model.pt of a base, and the one that a run of `full`, or svmini.export, made of it. A row a kind of
-layer, means over the blocks. uniform: the share of ΔW = W − W0 in the band if ΔW knew nothing of the basis: its places over all of W's.
-size: ‖ΔW‖ / ‖W0‖.  rank of ΔW: singular values above what float32 rounds away, as svmini.learned counts.  two largest:
-their share of Σ σ_i² of ΔW. Needs your band_share.
+layer, means over the blocks. uniform: the share of ΔW = W − W0 in the band if ΔW knew nothing of the basis: its places
+over all of W's. size: ‖ΔW‖ / ‖W0‖.  rank of ΔW: singular values above what float32 rounds away, as svmini.learned
+counts.  two largest: their share of Σ σ_i² of ΔW. Needs your band_share.
 """
 
 import sys
@@ -24,7 +24,7 @@ ROUNDING = 4 * torch.finfo(torch.float32).eps
 def main(base, tuned):
     kind = class_of(base)
     before, after = (load_base(path, kind)[0].double().state_dict() for path in (base, tuned))
-    print(f"{'layer':<8}{'shape':>12}" + "".join(f"{f'd = {d}':>9}{'uniform':>9}" for d in BANDS) 
+    print(f"{'layer':<8}{'shape':>12}" + "".join(f"{f'd = {d}':>9}{'uniform':>9}" for d in BANDS)
           + "    size   rank of ΔW   two largest")
     for target in kind.targets:
         names = [name for name in before if name.endswith(f".{target}.weight")]

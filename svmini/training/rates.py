@@ -22,7 +22,8 @@ VIT = {   # by what is adapted to; other sets take the glyphs'
         "svft:off_diagonals=2@query,key,value": 4e-2, "svft:off_diagonals=2@up,down": 4e-2},
     "fashionmnist": {
         "head": 6.4e-1, "svfit": 6e-2, "svft:pattern=plain": 6e-2, "svft:off_diagonals=2": 5e-2,
-        "svft:pattern=plain,basis=random": 8e-2, "svft:off_diagonals=2,basis=random": 4e-2,        "entries:off_diagonals=0": 4e-2, "entries:off_diagonals=2": 4e-2, "svft:rank=32,off_diagonals=8": 5e-3,
+        "svft:pattern=plain,basis=random": 8e-2, "svft:off_diagonals=2,basis=random": 4e-2,
+        "entries:off_diagonals=0": 4e-2, "entries:off_diagonals=2": 4e-2, "svft:rank=32,off_diagonals=8": 5e-3,
         "svft:rank=32,off_diagonals=8,basis=random": 2e-2},
     "mnist": {"head": 3.2e-1, "entries:off_diagonals=0": 1.6e-1, "svft:rank=32,off_diagonals=8": 2e-2},
     # found on a DINOv2 ViT-S/14, 8 pictures a class (docs/results.md); lora 2 and boft are a first try

@@ -61,7 +61,8 @@ WRONG = {
                    lambda W0, W, d: answers.band_share(W0, W, d) / answers.band_share(W0, W, 99)],   # of C, not of ΔW
     "rank_k_and_rank_1": [lambda D, k: answers.rank_k_and_rank_1(D, k)[::-1], lambda D, k: (torch.eye(D),) * 2],
     "after_flip": [lambda M, sign: M, lambda M, sign: M * sign],
-    "TinyFile": [file(read=own_signs), file(write=sum_of, read=by_sum), file(read=lambda *a: right.read(*a, close=float("inf"))),
+    "TinyFile": [file(read=own_signs), file(write=sum_of, read=by_sum),
+                 file(read=lambda *a: right.read(*a, close=float("inf"))),
                  file(lambda U, S, Vt, M: right.write(U, S, Vt, M) | {"U": U, "Vt": Vt})],
 }
 
@@ -78,8 +79,8 @@ def trains_W0(self, linear):
 
 WRONG_COLUMNS = [type("Columns", (answers.Columns,), wrong) for wrong in (
     {"weight": property(lambda self: self.W0 * self.g[:1])}, {"count": staticmethod(lambda d_out, d_in: d_out)},
-    {"weight": property(lambda self: self.W0 * self.g.detach())}, {"__init__": trains_W0}, {"__init__": start_elsewhere}, {"examples": ()},
-    {"forward": lambda self, x: (x * self.g) @ self.W0.t()})]   # no bias
+    {"weight": property(lambda self: self.W0 * self.g.detach())}, {"__init__": trains_W0}, {"__init__": start_elsewhere},
+    {"examples": ()}, {"forward": lambda self, x: (x * self.g) @ self.W0.t()})]   # no bias
 
 
 def test_every_exercise_has_a_grader_and_answers():
