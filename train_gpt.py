@@ -21,7 +21,7 @@ CONTEXT = 128
 PRETRAIN = {
     "text": Settings(steps=1300, lr=4e-3, batch_size=8, warmup=0.05, schedule="cosine", weight_decay=0.3,
                      betas=(0.9, 0.95)),
-    "arithmetic": Settings(steps=1500, lr=2e-3, batch_size=64, warmup=0.05, schedule="cosine", weight_decay=0.1,
+    "arithmetic": Settings(steps=1300, lr=2e-3, batch_size=64, warmup=0.05, schedule="cosine", weight_decay=2.0,
                            betas=(0.9, 0.95)),
 }
 ADAPT = {   # lr: from RATES, word by word
