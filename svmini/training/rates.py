@@ -23,9 +23,11 @@ VIT = {   # by what is adapted to; other sets take the glyphs'
     "fashionmnist": {
         "head": 6.4e-1, "svfit": 6e-2, "svft:pattern=plain": 6e-2, "svft:off_diagonals=2": 5e-2,
         "svft:pattern=plain,basis=random": 8e-2, "svft:off_diagonals=2,basis=random": 4e-2,
-        "entries:off_diagonals=0": 4e-2, "entries:off_diagonals=2": 4e-2, "svft:rank=32,off_diagonals=8": 5e-3,
+        "entries:off_diagonals=0": 4e-2, "entries:off_diagonals=2": 4e-2, "entries:off_diagonals=8": 5e-3,
         "svft:rank=32,off_diagonals=8,basis=random": 2e-2},
-    "mnist": {"head": 3.2e-1, "entries:off_diagonals=0": 1.6e-1, "svft:rank=32,off_diagonals=8": 2e-2},
+    "mnist": {
+        "head": 3.2e-1, "svft:off_diagonals=8": 2e-2, "svft:off_diagonals=8,basis=random": 2e-2,
+        "entries:off_diagonals=0": 1.6e-1, "entries:off_diagonals=8": 5e-3, "svft:rank=32,off_diagonals=8": 2e-2},
     # found on a DINOv2 ViT-S/14, 8 pictures a class (docs/results.md); lora 2 and boft are a first try
     "published": {
         "head": 2e-2, "full": 5e-6, "svfit": 1e-2, "svft:pattern=plain": 1e-2, "svft:off_diagonals=2": 2e-3,
@@ -39,6 +41,7 @@ GPT = {   # by the kind of data; question-answer pairs take the text's
         "svft:off_diagonals=8": 4e-2, "lora:rank=1": 4e-2, "lora:rank=2": 2e-2, "lora:rank=8": 2e-2,
         "dora:rank=8": 2e-2, "vera:rank=256": 1e-1, "svft:pattern=plain,basis=random": 3.2e-1,
         "svft:off_diagonals=2,basis=random": 8e-2, "svft:off_diagonals=8,basis=random": 4e-2,
+        "svft:rank=32,off_diagonals=8": 4e-2, "svft:rank=32,off_diagonals=8,basis=random": 8e-2,
         "entries:off_diagonals=0": 1.6e-1, "entries:off_diagonals=2": 8e-2, "entries:off_diagonals=8": 4e-2},
     "arithmetic": {
         "full": 4e-3, "svfit": 1.6e-1, "svft:pattern=plain": 1.6e-1, "svft:off_diagonals=2": 8e-2,
