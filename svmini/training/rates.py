@@ -15,6 +15,7 @@ VIT = {   # by what is adapted to; other sets take the glyphs'
         "entries:off_diagonals=0": 8e-2, "entries:off_diagonals=2": 2e-2, "entries:off_diagonals=8": 1e-2,
         "boft:block_size=4,factors=2": 2e-2, "boft:block_size=2,factors=1": 8e-2, "svft:off_diagonals=32": 2.5e-3,
         "lora:rank=32": 2.5e-3, "vera:rank=16": 5e-2, "svfit:rank=8": 3e-2, "svfit:rank=32": 6e-2,
+        "svft:pattern=random,off_diagonals=0": 6e-2,
         "svft:rank=64,off_diagonals=5": 2e-2, "svft:rank=32,off_diagonals=12": 1e-2,
         "svft:rank=25,off_diagonals=24": 5e-3, "svft:pattern=plain@query,key,value,out": 4e-2,
         "svft:off_diagonals=2@query,key,value,out": 4e-2, "svft:pattern=random@query,key,value,out": 2e-2,
