@@ -14,14 +14,14 @@ from .adapting import (adaptation_of, adapters_of, build, check_fit, digest, dig
 from .errors import InputError
 from .methods import check_options
 
-CLOSE = 1e-4   # of the length of W z: what another machine's rounding may change
-PARTS = {"method": str, "options": dict, "targets": list, "also_train": list, "base": str, "about": dict,
+CLOSE = 1e-4   # of the length of W z: what another device_config's rounding may change
+PARTS = {"method": str, "options": dict, "targets": list, "also_train": list, "base": str, "metadata": dict,
          "layers": dict, "trained": dict}
 PARTS_OF_A_LAYER = {"options": dict, "state": dict, "probe": torch.Tensor}
 
 
-def save_adapter(model, path, about=None):
-    """Write what was trained to one small file, whole or not at all. about: a dict of plain values for who reads it
+def save_adapter(model, path, metadata=None):
+    """Write what was trained to one small file, whole or not at all. metadata: a dict of plain values for who reads it
     again, such as the data's name.
 
     It holds the method, its options, targets and layers, the fingerprint of the base, for each adapted layer the
@@ -46,7 +46,7 @@ def save_adapter(model, path, about=None):
         layers = {name: {"options": part.options, "state": on_cpu(part.state_dict()), "probe": probe(part.weight)}
                   for name, part in adapters.items()}
     content = {key: what[key] for key in ("method", "options", "targets", "also_train")} | {
-        "base": fingerprint(what["before"], trained), "about": about or {}, "layers": layers, "trained": trained}
+        "base": fingerprint(what["before"], trained), "metadata": metadata or {}, "layers": layers, "trained": trained}
     check_parts("an adapter file", content, PARTS)
     files.save(path, "adapter", content)
 

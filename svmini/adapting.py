@@ -9,8 +9,8 @@ from tqdm import tqdm
 
 from .errors import InputError
 from .files import one_line, sha256_of
-from .methods import METHODS, WHOLE, check_options, nearest, options_of
-from .methods.adapter import EXACT, Adapter
+from .methods import METHODS, WITHOUT_ADAPTERS, check_options, nearest, options_of
+from .methods.adapter import TRAINABLE_DTYPES, Adapter
 
 
 def adapt(model, method, targets=None, also_train=None, **options):
@@ -33,7 +33,7 @@ def adapt(model, method, targets=None, also_train=None, **options):
     targets = getattr(inner, "targets", ()) if targets is None else targets
     if method == "head" and not heads:
         raise InputError("there is no head to train: name the modules that are trained whole by also_train")
-    layers = {} if method in WHOLE else fitting_linears(inner, method, targets, options, also_train)
+    layers = {} if method in WITHOUT_ADAPTERS else fitting_linears(inner, method, targets, options, also_train)
     with exactly(inner):
         before = digests(inner)
         put(inner, {name: build(name, linear, method, options) for name, linear in tqdm(
@@ -143,7 +143,7 @@ def why_not(part, tied=()):
         return "shares its weight with another place, which would change with it"
     if has_hooks(part):
         return "has hooks, which an adapter in its place would lose: remove them first"
-    if part.weight.dtype not in EXACT:
+    if part.weight.dtype not in TRAINABLE_DTYPES:
         return (f"is {part.weight.dtype}: keep the weights in float32 and use autocast for speed, since small steps "
                 "are lost in less")
     if not part.weight.isfinite().all():

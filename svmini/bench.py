@@ -2,7 +2,7 @@
 
 The blocks alone, with random weights on a fixed random input: embeddings and head cost every method the same, and
 GPT-2's vocabulary would drown what differs. A linear head of two classes on the mean token gives a loss. Every row is
-timed once a round, A B C then C B A, so that a drift of the machine hits all alike, and compared round by round.
+timed once a round, A B C then C B A, so that a drift of the device_config hits all alike, and compared round by round.
 Products and memory are counted in a real step, not timed: they are the same in every run.
 """
 
@@ -22,20 +22,20 @@ from tqdm import tqdm
 
 from . import files
 from .adapting import adapt, find_linears, merge
-from .command_line import Parser, add_machine, names, number, run
+from .cli import Parser, add_device, names, number, run_command
 from .errors import InputError
-from .methods import parse_word, svd
+from .methods import parse_spec, svd
 from .models.transformer import Block, init_linears
 from .training import compare
-from .training.loop import Settings, Stopped, make_optimizer
-from .training.machine import Machine, pick_machine
+from .training.loop import TrainConfig, Stopped, make_optimizer
+from .training.device import DeviceConfig, resolve_device
 from .training.report import markdown, spread
 
 GPT, VIT = {"causal": True, "gelu": "tanh", "eps": 1e-5}, {"causal": False, "gelu": "none", "eps": 1e-6}
 # layers, width, heads, block, sequences in a batch, tokens in a sequence
 MODELS = {"tiny": (4, 128, 4, GPT, 8, 128), "vit_s_14": (12, 384, 6, VIT, 8, 50),
           "vit_b_16": (12, 768, 12, VIT, 8, 197), "gpt2": (12, 768, 12, GPT, 4, 512)}
-WORDS = ["head", "svfit", "svfit:rank=96", "svft:pattern=plain", "svft:off_diagonals=2", "svft:off_diagonals=8",
+SPECS = ["head", "svfit", "svfit:rank=96", "svft:pattern=plain", "svft:off_diagonals=2", "svft:off_diagonals=8",
          "svft:pattern=random,off_diagonals=8", "lora:rank=8", "dora:rank=8", "vera:rank=256",
          "boft:block_size=4,factors=2"]
 
@@ -61,7 +61,7 @@ class Bench:
     base: Blocks
     x: torch.Tensor
     y: torch.Tensor
-    machine: Machine
+    device_config: DeviceConfig
     inference: bool = False
 
 
@@ -69,13 +69,13 @@ class Step:
     """Called without arguments: one training step of a model by fused AdamW, or one forward pass. Moves the model."""
 
     def __init__(self, model, bench):
-        self.forward, self.bench = model.to(bench.machine.device).train(not bench.inference), bench
-        settings = Settings(steps=1, lr=1e-6, batch_size=len(bench.x))
-        self.optimizer = None if bench.inference else make_optimizer(model, settings)
+        self.forward, self.bench = model.to(bench.device_config.device).train(not bench.inference), bench
+        train_config = TrainConfig(steps=1, lr=1e-6, batch_size=len(bench.x))
+        self.optimizer = None if bench.inference else make_optimizer(model, train_config)
 
     def __call__(self):
         b = self.bench
-        with torch.inference_mode(b.inference), b.machine.autocast():
+        with torch.inference_mode(b.inference), b.device_config.autocast():
             logits = self.forward(b.x)
         if not b.inference:
             F.cross_entropy(logits, b.y).backward()
@@ -83,12 +83,12 @@ class Step:
             self.optimizer.zero_grad(set_to_none=True)
 
 
-def row_model(word, bench):
+def row_model(spec, bench):
     """A copy of the base for this row: frozen and base with the LayerNorms and the head trained, so that the gradient
-    passes every layer; other words as adapt has them."""
+    passes every layer; other specs as adapt has them."""
     model = copy.deepcopy(bench.base)
-    if word not in ("frozen", "base"):
-        method, options, targets = parse_word(word)
+    if spec not in ("frozen", "base"):
+        method, options, targets = parse_spec(spec)
         return adapt(model, method, targets, **options)
     for name, p in model.named_parameters():
         p.requires_grad_("norm" in name or name.startswith("head."))
@@ -131,7 +131,7 @@ def account(step, model):
     def megabytes(tensors):
         return sum(storages(tensors).values()) / 1e6
 
-    cuda = step.bench.machine.device.type == "cuda"
+    cuda = step.bench.device_config.device.type == "cuda"
     before = torch.cuda.memory_allocated() if cuda else 0
     row = {"weights_mb": megabytes([*model.parameters(), *model.buffers()]), "flops": flops_of(step)}
     if step.optimizer is not None:
@@ -161,33 +161,33 @@ def time_rounds(steps, rounds, n, device):
     return times
 
 
-def measure(bench, references, words, rounds, n):
-    """One dict a row: the references, then words, and for inference the last word's model merged."""
+def measure(bench, references, specs, rounds, n):
+    """One dict a row: the references, then specs, and for inference the last spec's model merged."""
     rows, steps, model = {}, {}, None
-    for word in tqdm([*references, *words, *["merged"] * bench.inference], "set up", leave=False, disable=None):
-        svd.forget()   # each row pays for its own
+    for spec in tqdm([*references, *specs, *["merged"] * bench.inference], "set up", leave=False, disable=None):
+        svd.clear_svd_cache()   # each row pays for its own
         began = time.perf_counter()
-        model = merge(copy.deepcopy(model)) if word == "merged" else row_model(word, bench)
-        rows[word], steps[word] = {"method": word, "setup_s": time.perf_counter() - began}, Step(model, bench)
-        rows[word] |= account(steps[word], model)
-        if bench.machine.compile:
-            steps[word].forward = torch.compile(model)
-    svd.forget()
-    times = time_rounds(steps, rounds, n, bench.machine.device)
-    for word, row in rows.items():
-        row |= {"ms": statistics.median(times[word]), "times_ms": times[word],
+        model = merge(copy.deepcopy(model)) if spec == "merged" else row_model(spec, bench)
+        rows[spec], steps[spec] = {"method": spec, "setup_s": time.perf_counter() - began}, Step(model, bench)
+        rows[spec] |= account(steps[spec], model)
+        if bench.device_config.compile:
+            steps[spec].forward = torch.compile(model)
+    svd.clear_svd_cache()
+    times = time_rounds(steps, rounds, n, bench.device_config.device)
+    for spec, row in rows.items():
+        row |= {"ms": statistics.median(times[spec]), "times_ms": times[spec],
                 "x_flops": row["flops"] / rows[references[-1]]["flops"]}
-        row |= {f"x_{r}": [t / u for t, u in zip(times[word], times[r])] for r in references}
+        row |= {f"x_{r}": [t / u for t, u in zip(times[spec], times[r])] for r in references}
     return list(rows.values())
 
 
 def table_lines(rows, references, inference):
     """The table as lines of Markdown, with the columns that there are here."""
-    columns = {"weights_mb": "weights MB", "saved_mb": "saved MB", "state_mb": "gradients, AdamW MB",
+    columns = {"weights_mb": "weights MB", "saved_mb": "activation MB", "state_mb": "gradients, AdamW MB",
                "peak_mb": "peak MB", "setup_s": "set-up s"}
     columns = {key: title for key, title in columns.items() if key in rows[0]}
     cells = [["method", "ms/forward" if inference else "ms/step", *(f"x {r}" for r in references),
-              f"products x {references[-1]}", *columns.values()]]
+              f"matmul FLOPs x {references[-1]}", *columns.values()]]
     for row in rows:
         cells.append([row["method"], f"{row['ms']:.1f}", *(spread(row[f"x_{r}"], ".2f") for r in references),
                       f"{row['x_flops']:.2f}", *(f"{row[key]:.1f}" for key in columns)])
@@ -201,33 +201,33 @@ def command(argv):
     a("--layers", type=number(1), metavar="N", help="blocks (as many as the model has)")
     a("--batch", type=number(1), metavar="N", help="sequences in a batch (by model)")
     a("--tokens", type=number(1), metavar="N", help="tokens in a sequence (by model)")
-    a("--methods", nargs="+", default=WORDS, metavar="M", help="beside frozen and full (the main ones); all: every one")
-    a("--targets", type=names, metavar="A,B", help="layers to adapt, where a word names none (all)")
+    a("--methods", nargs="+", default=SPECS, metavar="M", help="beside frozen and full (the main ones); all: every one")
+    a("--targets", type=names, metavar="A,B", help="layers to adapt, where a spec names none (all)")
     a("--rounds", type=number(2), default=5, metavar="N", help="every row once a round (5)")
     a("--steps", type=number(1), default=2, metavar="N", help="steps of a row in a round (2)")
     a("--inference", action="store_true", help="the forward pass alone, also of a merged model")
     a("--compile", action="store_true", help="through torch.compile")
     a("--json", metavar="FILE", help="also write the numbers there")
-    add_machine(p)
+    add_device(p)
     flags = p.parse_args(argv)
     layers, *block, batch, tokens = MODELS[flags.model]
-    machine = pick_machine(flags.device, flags.dtype, flags.compile)
+    device_config = resolve_device(flags.device, flags.dtype, flags.compile)
     torch.manual_seed(0)
     base = Blocks(flags.layers or layers, *block)
-    x = torch.randn(flags.batch or batch, flags.tokens or tokens, base.head.in_features).to(machine.device)
-    bench = Bench(base, x, torch.arange(len(x), device=machine.device) % 2, machine, flags.inference)
+    x = torch.randn(flags.batch or batch, flags.tokens or tokens, base.head.in_features).to(device_config.device)
+    bench = Bench(base, x, torch.arange(len(x), device=device_config.device) % 2, device_config, flags.inference)
     references = ("base",) if flags.inference else ("frozen", "full")
     find_linears(base, flags.targets or base.targets)
-    words = compare.all_words(WORDS, base, flags.targets) if flags.methods == ["all"] else flags.methods
-    words = [word for word in compare.plan(words, base, flags.targets, {}) if word not in references]
-    if flags.inference and not set(words) - {"full", "head"}:
+    specs = compare.all_specs(SPECS, base, flags.targets) if flags.methods == ["all"] else flags.methods
+    specs = [spec for spec in compare.plan(specs, base, flags.targets, {}) if spec not in references]
+    if flags.inference and not set(specs) - {"full", "head"}:
         raise InputError("--inference merges a method: give at least one in --methods")
-    about = {"model": flags.model, "layers": len(base.blocks), "width": x.shape[2], "batch": len(x),
-             "tokens": x.shape[1], "rounds": flags.rounds, "steps": flags.steps, "machine": machine.reason,
+    run_info = {"model": flags.model, "layers": len(base.blocks), "width": x.shape[2], "batch": len(x),
+             "tokens": x.shape[1], "rounds": flags.rounds, "steps": flags.steps, "device_config": device_config.reason,
              "torch": torch.__version__}
-    print(", ".join(f"{key} {value}" for key, value in about.items()) + "\n")
+    print(", ".join(f"{key} {value}" for key, value in run_info.items()) + "\n")
     try:
-        rows = measure(bench, references, words, flags.rounds, flags.steps)
+        rows = measure(bench, references, specs, flags.rounds, flags.steps)
     except KeyboardInterrupt:
         raise Stopped("stopped: nothing was written") from None
     print(*table_lines(rows, references, flags.inference), "", sep="\n")
@@ -235,8 +235,8 @@ def command(argv):
           "products: of matrices, counted in a step; saved: what autograd keeps for the backward pass\n"
           "set-up: each row with an SVD of its own; a comparison does it once for all")
     if flags.json is not None:
-        files.write_text(flags.json, json.dumps({"about": about, "rows": rows}, indent=1, ensure_ascii=False) + "\n")
+        files.write_text(flags.json, json.dumps({"run_info": run_info, "rows": rows}, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
-    sys.exit(run(command))
+    sys.exit(run_command(command))

@@ -7,11 +7,11 @@ import torch
 
 from . import files
 from .adapting import merge
-from .command_line import Parser, add_model, run
+from .cli import Parser, add_model, run_command
 from .errors import InputError
-from .model_file import about_made_of, class_of, load_adapted, save_model
+from .model_file import derived_metadata, class_of, load_adapted, save_model
 
-NAMINGS = {"GPT": "gpt2", "ViT": "torchvision"}
+FORMATS = {"GPT": "gpt2", "ViT": "torchvision"}
 
 
 def command(argv):
@@ -22,14 +22,14 @@ def command(argv):
     p.add_argument("--out", metavar="FILE", help="the file to write (merged.pt beside the adapter)")
     flags = p.parse_args(argv)
     model_class = class_of(flags.init)
-    if flags.format not in ("svmini", NAMINGS[model_class.__name__]):
+    if flags.format not in ("svmini", FORMATS[model_class.__name__]):
         raise InputError(f"--format {flags.format} does not go with a {model_class.__name__}: "
-                         f"it is svmini or {NAMINGS[model_class.__name__]}")
-    model, about = load_adapted(flags.init, flags.adapter, model_class, flags.n_head)
+                         f"it is svmini or {FORMATS[model_class.__name__]}")
+    model, metadata = load_adapted(flags.init, flags.adapter, model_class, flags.n_head)
     merge(model)
     path = Path(flags.out or Path(flags.adapter).parent / "merged.pt")
     if flags.format == "svmini":
-        save_model(path, model, about_made_of(about, {key: about[key] for key in ("data", "classes") if key in about}))
+        save_model(path, model, derived_metadata(metadata, {key: metadata[key] for key in ("data", "classes") if key in metadata}))
     else:
         state = model.to_gpt2() if flags.format == "gpt2" else model.to_torchvision()
         files.write_whole(path, lambda file: torch.save(state, file))
@@ -38,4 +38,4 @@ def command(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(run(command))
+    sys.exit(run_command(command))

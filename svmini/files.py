@@ -10,7 +10,7 @@ import torch
 
 from .errors import InputError, MissingFile
 
-FORMAT = 2   # of the files that `save` writes
+FORMAT = 3   # of the files that `save` writes
 
 
 def write_whole(path, write):

@@ -4,40 +4,40 @@ import sys
 
 import torch
 
-from .command_line import Parser, add_machine, add_model, number, run
-from .data.questions import ANSWER, decode, encode
+from .cli import Parser, add_device, add_model, number, run_command
+from .data.arithmetic import ANSWER, decode, encode
 from .data.tokenizers import end_token, tokenizer_of
 from .errors import InputError
-from .model_file import load_adapted, tokenizer_word
+from .model_file import load_adapted, tokenizer_of_model
 from .models.gpt import GPT
-from .training.machine import pick_machine
+from .training.device import resolve_device
 
 
 def command(argv):
     p = Parser("-m svmini.generate", "Continue a text with a GPT.")
     add_model(p, "gpt2, ...")
     p.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue")
-    p.add_argument("--length", type=number(1), default=100, metavar="N", help="tokens to add (100)")
+    p.add_argument("--max-new-tokens", type=number(1), default=100, metavar="N", help="tokens to add (100)")
     p.add_argument("--temperature", type=number(0, float), default=0.8, metavar="X", help="0 is greedy (0.8)")
     p.add_argument("--top-k", type=number(1), metavar="K", help="draw from the K likeliest tokens")
     p.add_argument("--seed", type=number(0), default=0, metavar="N", help="of what is drawn")
-    add_machine(p)
+    add_device(p)
     flags = p.parse_args(argv)
-    machine = pick_machine(flags.device, flags.dtype)
-    model, about = load_adapted(flags.init, flags.adapter, GPT, flags.n_head)
-    tokenizer = tokenizer_word(model, about, flags.init)
+    device_config = resolve_device(flags.device, flags.dtype)
+    model, metadata = load_adapted(flags.init, flags.adapter, GPT, flags.n_head)
+    tokenizer = tokenizer_of_model(model, metadata, flags.init)
     if not flags.prompt:
         raise InputError("--prompt needs at least one character")
-    length = flags.length
+    length = flags.max_new_tokens
     if tokenizer == "arithmetic":
         prompt, end, length = encode(flags.prompt), None, min(length, ANSWER)
     else:
         tokenizer = tokenizer_of(tokenizer)
         prompt, end = torch.tensor(tokenizer.encode_ordinary(flags.prompt)), end_token(tokenizer)
-    generator = torch.Generator(machine.device).manual_seed(flags.seed)
-    tokens = prompt[None].to(machine.device)
-    with machine.autocast():
-        new = model.to(machine.device).generate(tokens, length, flags.temperature, flags.top_k, generator)
+    generator = torch.Generator(device_config.device).manual_seed(flags.seed)
+    tokens = prompt[None].to(device_config.device)
+    with device_config.autocast():
+        new = model.to(device_config.device).generate(tokens, length, flags.temperature, flags.top_k, generator)
     new = new[0, len(prompt):].cpu()
     if end in new.tolist():   # what ends an answer
         new = new[:new.tolist().index(end)]
@@ -46,4 +46,4 @@ def command(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(run(command))
+    sys.exit(run_command(command))

@@ -90,7 +90,7 @@ def train_both(linear, x, y, steps, lr):
     raise ToDo
 
 
-def how_learned(W, start):
+def weight_stats(W, start):
     """7. Are a weight's singular vectors learned, or still those of its random start? Returns (cosine, energy), floats.
 
     cosine = sum(W[i, j] * start[i, j]) / (norm(W) * norm(start)), sums over all entries

@@ -14,7 +14,7 @@ import exercises
 import test_contract
 import test_counts
 import test_gradients
-from layers import assert_close, layer_of, linear, tokens, words
+from layers import assert_close, layer_of, linear, tokens, specs
 from svmini import METHODS
 from svmini.methods.svd import thin_svd
 from svmini.methods.svft import SVFT
@@ -75,14 +75,14 @@ def test_vit_b16(count):
 def test_columns(tmp_path):
     """Exercise 2 is no stub but svmini/methods/columns.py and its line in METHODS."""
     if "columns" not in METHODS:
-        pytest.skip("2. Can you add a method, W = W0 diag(g), by one file and one line of METHODS, word \"columns\"?")
-    assert "columns:" in words(), 'examples = ("",): a method without options has one example, the empty word'
+        pytest.skip("2. Can you add a method, W = W0 diag(g), by one file and one line of METHODS, spec \"columns\"?")
+    assert "columns:" in specs(), 'examples = ("",): a method without options has one example, the empty spec'
     for shape in SHAPES:
         assert METHODS["columns"].count(*shape) == shape[1]
         layer = layer_of("columns:", shape)
         trained = list(layer.parameters())
         right(len(trained) == 1 and trained[0].shape == shape[1:],
-              "the one Parameter is g (d_in,): W0 is kept by `keep`")
+              "the one Parameter is g (d_in,): W0 is kept by `register_frozen`")
         right(torch.allclose(layer.weight, linear(shape).weight @ torch.diag(trained[0])),
               "weight is not W0 diag(g) of the trained g, which starts at 1")
     for check in test_contract.CHECKS:
@@ -119,11 +119,11 @@ def planted(place):
 
 
 @graded
-def test_caught(caught, word="svft:off_diagonals=3"):
-    checks = {"start": lambda: test_contract.run(test_contract.check_start, word, None),
-              "two roads": lambda: test_contract.run(test_contract.check_two_roads, word, None),
-              "finite differences": lambda: test_gradients.check_layer(word),
-              "closed form": lambda: test_gradients.test_closed_form(word)}
+def test_caught(caught, spec="svft:off_diagonals=3"):
+    checks = {"start": lambda: test_contract.run(test_contract.check_start, spec, None),
+              "two roads": lambda: test_contract.run(test_contract.check_two_roads, spec, None),
+              "finite differences": lambda: test_gradients.check_layer(spec),
+              "closed form": lambda: test_gradients.test_closed_form(spec)}
     for place in ("forward", "weight", "core"):
         answer, seen = set(caught(place)), set()
         with pytest.MonkeyPatch.context() as patch:
@@ -153,7 +153,7 @@ def test_train_both(train):
 
 
 @graded
-def test_how_learned(learned):
+def test_weight_stats(learned):
     for seed, shape in enumerate([*SHAPES, (33, 64)]):
         start = linear(shape, seed=seed).weight.detach()
         W = ((seed - 2) * start + tokens(*shape, seed=9)) * 3

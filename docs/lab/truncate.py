@@ -9,20 +9,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))   # svmini, from wherever this is called
 
 from svmini.adapting import find_linears
-from svmini.command_line import run
+from svmini.cli import run_command
 from svmini.methods.svd import thin_svd
 from svmini.model_file import class_of, load_base, save_model
 
 
 def main(base, rank, out):
-    model, about = load_base(base, class_of(base))
+    model, metadata = load_base(base, class_of(base))
     for linear in find_linears(model, model.targets, model.also_train).values():
         U, S, Vt = thin_svd(linear.weight)
         linear.weight.data = U[:, :rank] * S[:rank] @ Vt[:rank]
-    save_model(out, model, about)
+    save_model(out, model, metadata)
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 4:
         sys.exit(__doc__)
-    sys.exit(run(lambda argv: main(argv[0], int(argv[1]), argv[2]), sys.argv[1:]))
+    sys.exit(run_command(lambda argv: main(argv[0], int(argv[1]), argv[2]), sys.argv[1:]))

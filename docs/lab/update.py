@@ -2,7 +2,7 @@
 
 BASE, TUNED: the model.pt of a base, and the one that a run of `full`, or svmini.export, made of it. A row a kind of
 layer, means over the blocks. uniform: the share of ΔW = W − W0 in the band if ΔW knew nothing of the basis: its places
-over all of W's. size: ‖ΔW‖ / ‖W0‖.  rank of ΔW: singular values above what float32 rounds away, as svmini.learned
+over all of W's. size: ‖ΔW‖ / ‖W0‖.  rank of ΔW: singular values above what float32 rounds away, as svmini.analyze
 counts.  two largest: their share of Σ σ_i² of ΔW. Needs your band_share.
 """
 
@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))   # svmini, from wherever thi
 import torch
 from exercises import ToDo, band_share
 
-from svmini.command_line import run
+from svmini.cli import run_command
 from svmini.model_file import class_of, load_base
 
 BANDS = (0, 2, 8)
@@ -48,6 +48,6 @@ if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
     try:
-        sys.exit(run(lambda argv: main(*argv), sys.argv[1:]))
+        sys.exit(run_command(lambda argv: main(*argv), sys.argv[1:]))
     except ToDo:
         sys.exit("first solve exercise 8: band_share")

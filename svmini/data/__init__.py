@@ -1,11 +1,11 @@
-"""What a model learns from, each with its task: Text, Arithmetic, Pairs, Pictures.
+"""What a model learns from, each with its task: LanguageModeling, Arithmetic, QuestionAnswering, ImageClassification.
 
 A task is a small class, and all that the training knows of data:
 
     name, metric, higher_is_better     "accuracy" and "exact match" in percent, "loss" in nats
-    facts                              plain values: all that decides a result on the data's side
+    data_config                              plain values: all that decides a result on the data's side
     batch(size, seed, step) -> x, y    on the device; a function of (data, seed, step)
-    loss(model, x, y) -> scalar        the mean over the targets; a target of NO_LOSS has none
+    loss(model, x, y) -> scalar        the mean over the targets; a target of IGNORE_INDEX has none
     evaluate(model, split)             {"loss": float or None, "metric": float} of "val" or "test"
     show(model)                        a list of something to show of a model for a reader
 """
@@ -19,7 +19,7 @@ import torch
 from ..errors import MissingFile
 from ..files import one_line, write_whole
 
-NO_LOSS = -100   # cross_entropy leaves out targets of this value (its ignore_index)
+IGNORE_INDEX = -100   # cross_entropy leaves out targets of this value (its ignore_index)
 
 
 def pick(n, size, g):

@@ -1,4 +1,4 @@
-"""Text, divided by paragraphs into train, val and test, encoded by a tokenizer, and the task to go on with it.
+"""LanguageModeling, divided by paragraphs into train, val and test, encoded by a tokenizer, and the task to go on with it.
 
 Two texts need no download, since Python brings them: its own library ("stdlib", to pretrain on) and the topics
 of its help ("topics", to adapt to).
@@ -17,7 +17,7 @@ from ..rng import generator
 from . import fetched
 
 SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
-SHORTEST = 10_000   # characters; less than this is no corpus: a tenth of it must fill a context
+SHORTEST = 10_000   # characters; less than this is no corpus: a tenth of it must fill a block_size
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 MOST_WINDOWS = 400   # of val or test are evaluated
@@ -111,12 +111,12 @@ def windows(tokens, length):
 
 
 def cross_entropy(model, x, y):
-    """Mean loss in nats of the tokens that follow x; x and y (B, T) int64, no loss where y is NO_LOSS."""
+    """Mean loss in nats of the tokens that follow x; x and y (B, T) int64, no loss where y is IGNORE_INDEX."""
     return F.cross_entropy(model(x).flatten(0, 1).float(), y.flatten())
 
 
-class Text:
-    """The task to go on with a text, `context` tokens at a time.
+class LanguageModeling:
+    """The task to go on with a text, `block_size` tokens at a time.
 
     tokenizer: a tiktoken.Encoding; split_seed: of the split into train, val and test; seed: of what `show` draws.
     Raises InputError as split_text does, and for a split that does not fill one window.
@@ -124,24 +124,24 @@ class Text:
     metric, higher_is_better = "loss", False
     loss = staticmethod(cross_entropy)
 
-    def __init__(self, name, text, tokenizer, context, device, split_seed=0, seed=0):
-        self.name, self.tokenizer, self.context, self.device, self.seed = name, tokenizer, context, device, seed
+    def __init__(self, name, text, tokenizer, block_size, device, split_seed=0, seed=0):
+        self.name, self.tokenizer, self.block_size, self.device, self.seed = name, tokenizer, block_size, device, seed
         self.splits = {split: torch.tensor(tokenizer.encode_ordinary(part), dtype=torch.int64, device=device)
                        for split, part in split_text(text, split_seed).items()}                    # (n,) each
-        self.windows = {split: windows(tokens, context) for split, tokens in self.splits.items()}
-        self.facts = {"data": name, "sha256": hashlib.sha256(text.encode("utf-8")).hexdigest(), "context": context}
+        self.windows = {split: windows(tokens, block_size) for split, tokens in self.splits.items()}
+        self.data_config = {"data": name, "sha256": hashlib.sha256(text.encode("utf-8")).hexdigest(), "block_size": block_size}
 
     def batch(self, size, seed, step):
-        """Random stretches of the training tokens: x and y, both (size, context) int64 on the device."""
+        """Random stretches of the training tokens: x and y, both (size, block_size) int64 on the device."""
         tokens = self.splits["train"]
-        starts = torch.randint(len(tokens) - self.context, (size, 1), generator=generator("text", seed, step))
-        at = (starts + torch.arange(self.context)).to(self.device, non_blocking=True)   # (size, context)
+        starts = torch.randint(len(tokens) - self.block_size, (size, 1), generator=generator("text", seed, step))
+        at = (starts + torch.arange(self.block_size)).to(self.device, non_blocking=True)   # (size, block_size)
         return tokens[at], tokens[at + 1]
 
     def evaluate(self, model, split):
         """The mean loss of the first 400 windows, as "loss" and as "metric"."""
         x, y = (t[:MOST_WINDOWS] for t in self.windows[split])
-        n = max(1, 4096 // self.context)   # at a time
+        n = max(1, 4096 // self.block_size)   # at a time
         loss = sum(cross_entropy(model, a, b).item() * len(a) for a, b in zip(x.split(n), y.split(n))) / len(x)
         return {"loss": loss, "metric": loss}
 

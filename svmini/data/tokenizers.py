@@ -79,7 +79,7 @@ def gpt2_tokenizer():
         return tiktoken.get_encoding("gpt2")
     except Exception as error:   # tiktoken passes on whatever its network library raises
         raise MissingFile(f"GPT-2's tokenizer could not be downloaded ({type(error).__name__}): set TIKTOKEN_CACHE_DIR "
-                          f"to a folder that tiktoken filled on another machine, or start from a model pretrained "
+                          f"to a folder that tiktoken filled on another device_config, or start from a model pretrained "
                           f"here, whose trained BPE needs no network") from None
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from ..errors import InputError
 
-EXACT = (torch.float32, torch.float64)   # dtypes of trained numbers: in bf16 most small steps change nothing
+TRAINABLE_DTYPES = (torch.float32, torch.float64)   # dtypes of trained numbers: in bf16 most small steps change nothing
 
 
 class Adapter(nn.Module):
@@ -22,7 +22,7 @@ class Adapter(nn.Module):
         count(d_out, d_in, *, rank=8)        trained numbers for a matrix of this shape, by the paper's formula
         check(d_out, d_in, *, rank=8)        raises ValueError that says why these options do not fit this shape
 
-    The shared tests (tests/math, test_contract.py and test_gradients.py) ask of it, for every word in `examples` and
+    The shared tests (tests/math, test_contract.py and test_gradients.py) ask of it, for every spec in `examples` and
     `test_options` and every shape that `check` accepts, in float32 and float64:
       - at the start weight equals W0, to rounding;
       - weight and forward agree, in value and in gradient, for few and many tokens and for none (x[:0]), and the
@@ -33,12 +33,12 @@ class Adapter(nn.Module):
       - merged, it is an nn.Linear of `weight`; saved and loaded on the same base it is what it was. It is built anew
         from the linear and self.options then, so what is drawn comes from a generator of its own, on the CPU, with a
         seed among the options. Only nn.Parameters, which the file holds, may be drawn from torch's global stream;
-      - what can be made again from W0 and the options is held by `keep`: it moves with the module and is not stored.
+      - what can be made again from W0 and the options is held by `register_frozen`: it moves with the module and is not stored.
         What cannot is a persistent buffer (register_buffer), which is stored;
       - a step runs on the meta device, where tensors have no values: no `if` on a tensor, no tensor on another device.
     """
-    examples = ()       # option words such as "rank=8" or "rank=8@query,value": rows of --methods all, and tested
-    test_options = ()   # further option words that are only tested
+    examples = ()       # option specs such as "rank=8" or "rank=8@query,value": rows of --methods all, and tested
+    test_options = ()   # further option specs that are only tested
     lr = 5e-3           # a first learning rate; the scripts hold tuned ones
 
     def __init__(self, linear, **options):
@@ -46,9 +46,9 @@ class Adapter(nn.Module):
         self.out_features, self.in_features = linear.weight.shape
         self.check(self.out_features, self.in_features, **options)
         self.options = options
-        self.keep("bias", linear.bias)
+        self.register_frozen("bias", linear.bias)
 
-    def keep(self, name, tensor):
+    def register_frozen(self, name, tensor):
         """Hold a frozen tensor (or None) that can be made again from the base: it is moved, and not stored."""
         self.register_buffer(name, None if tensor is None else tensor.detach(), persistent=False)
 
@@ -73,7 +73,7 @@ class Adapter(nn.Module):
     def _apply(self, fn, recurse=True):
         """.to(), .half() and their like come here. Refuses to round trained numbers."""
         dtype = fn(torch.zeros(0, dtype=torch.float32, device="cpu")).dtype
-        if dtype not in EXACT:
+        if dtype not in TRAINABLE_DTYPES:
             raise InputError(f"an adapter cannot become {dtype}: steps of its small numbers would be lost. "
                              "Keep the model in float32 and use torch.autocast, or merge it first")
         return super()._apply(fn, recurse)
@@ -95,7 +95,7 @@ def add_update(x, W, bias, h, B):
     return y.view(*x.shape[:-1], W.shape[0])
 
 
-def whole(name, value, low, high=None):
+def check_int(name, value, low, high=None):
     """Raise ValueError unless value is a whole number in [low, high]."""
     fits = isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
     if not fits:

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .adapter import Adapter, whole
+from .adapter import Adapter, check_int
 
 
 class BOFT(Adapter):
@@ -28,7 +28,7 @@ class BOFT(Adapter):
         super().__init__(linear, block_size=block_size, factors=factors)
         b = self.b = block_size
         self.c = b * 2 ** (factors - 1)
-        self.keep("W0", linear.weight)
+        self.register_frozen("W0", linear.weight)
         self.Q = nn.Parameter(linear.weight.new_zeros(factors, self.in_features // b, b * (b - 1) // 2))
 
     def blocks(self):
@@ -64,8 +64,8 @@ class BOFT(Adapter):
 
     @staticmethod
     def check(d_out, d_in, *, block_size=4, factors=2):
-        whole("block_size", block_size, 2, d_in)
-        whole("factors", factors, 1)
+        check_int("block_size", block_size, 2, d_in)
+        check_int("factors", factors, 1)
         if block_size % 2:
             raise ValueError(f"block_size must be even, not {block_size}: a factor mixes two halves of a block")
         chunk = block_size * 2 ** (factors - 1)

@@ -28,7 +28,7 @@ class DoRA(Adapter):
         if not W0.any(dim=1).all():
             raise InputError("it has an output row of zeros, which has no direction: adapt other layers")
         self.scale = (rank if alpha is None else alpha) / rank
-        self.keep("W0", W0)
+        self.register_frozen("W0", W0)
         self.m = nn.Parameter(W0.norm(dim=1))                   # (d_out,)
         self.A = nn.Parameter(W0.new_empty(rank, self.in_features))
         nn.init.uniform_(self.A, -self.in_features ** -0.5, self.in_features ** -0.5)

@@ -10,7 +10,7 @@ Start:  kaiming  A uniform in ±1/√d_in as in the authors' code (the paper say
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .adapter import Adapter, add_update, is_number, whole
+from .adapter import Adapter, add_update, is_number, check_int
 from .svd import thin_svd
 
 
@@ -28,12 +28,12 @@ class LoRA(Adapter):
             root = S[:rank].sqrt()
             self.B = nn.Parameter(U[:, :rank] * root)           # (d_out, r)
             self.A = nn.Parameter(root[:, None] * Vt[:rank])    # (r, d_in)
-            self.keep("W", W0 - self.B @ self.A)              # W_res
+            self.register_frozen("W", W0 - self.B @ self.A)              # W_res
         else:
             self.A = nn.Parameter(W0.new_empty(rank, self.in_features))
             nn.init.uniform_(self.A, -self.in_features ** -0.5, self.in_features ** -0.5)
             self.B = nn.Parameter(W0.new_zeros(self.out_features, rank))
-            self.keep("W", W0)
+            self.register_frozen("W", W0)
 
     @property
     def weight(self):
@@ -48,7 +48,7 @@ class LoRA(Adapter):
 
     @staticmethod
     def check(d_out, d_in, *, rank=8, alpha=None, init="kaiming"):
-        whole("rank", rank, 1, min(d_out, d_in))
+        check_int("rank", rank, 1, min(d_out, d_in))
         if alpha is not None and not (is_number(alpha) and alpha > 0):
             raise ValueError(f"alpha must be a number above 0, not {alpha!r}")
         if init not in ("kaiming", "pissa"):

@@ -10,7 +10,7 @@ from .adapter import add_update
 _known = {}   # a weight's bytes -> its factors, kept to the end: the methods of a comparison share them
 
 
-def forget():
+def clear_svd_cache():
     """Drop the factors that are kept."""
     _known.clear()
 
@@ -20,7 +20,7 @@ def thin_svd(weight):
     """weight (d_out, d_in) -> U (d_out, D), S (D,) descending, Vt (D, d_in) with D = min(d_out, d_in), in weight's
     dtype and on its device. Computed in float64 on the CPU; in every column of U the entry of largest size is positive.
 
-    A singular vector's sign is arbitrary, and u_i v_jᵀ changes with it: the rule makes one machine's M mean the
+    A singular vector's sign is arbitrary, and u_i v_jᵀ changes with it: the rule makes one device_config's M mean the
     same on another. float32 would not do: single vectors are off by 3e-4 there, and the rule can tip over.
     """
     W = weight.detach().cpu()
@@ -63,15 +63,24 @@ def apply_factors(x, U, core, Vt, bias):
     return F.linear(x, B @ Vt, bias) if build else F.linear(F.linear(x, Vt), B, bias)
 
 
+def builds_first(x, shape, r, dense=False):
+    """Return True if W = W0 + U core Vᵀ costs less built first than applied as W0 x plus a rank-r update.
+
+    Forward and backward, in units of one T x d_out x d_in product, as in apply_factors. x (..., d_in), shape
+    (d_out, d_in), core (r,), or (r, r) if dense.
+    """
+    (d_out, d_in), T = shape, x.numel() // x.shape[-1]
+    update = 2 + 2 * (r / d_out + r / d_in) + dense * 3 * r * r / (d_out * d_in)
+    return T > 0 and 3 + 2 * r / T + dense * 2 * r * r / (T * d_in) < update
+
+
 def apply_beside(x, W0, U, core, Vt, bias):
     """x (..., d_in) -> x Wᵀ + b (..., d_out) with W = W0 + U core Vᵀ, core (r,) for a diagonal or (r, r).
 
-    Two exact orders, counted as in apply_factors: W built first, or W0 x and then the update.
+    Two exact orders, see builds_first: W built first, or W0 x and then the update.
     """
-    (d_out, d_in), r, T, dense = W0.shape, core.shape[0], x.numel() // x.shape[-1], core.dim() == 2
-    thin = 2 + 2 * (r / d_out + r / d_in) + dense * 3 * r * r / (d_out * d_in)
-    built = 3 + 2 * r / T + dense * 2 * r * r / (T * d_in) if T else 0
-    if built < thin:
+    dense = core.dim() == 2
+    if builds_first(x, W0.shape, len(core), dense):
         return F.linear(x, W0 + (U @ core if dense else U * core) @ Vt, bias)
     h = F.linear(x, Vt)                                                     # (..., r)
     return add_update(x, W0, bias, F.linear(h, core) if dense else h * core, U)

@@ -9,7 +9,7 @@ The paper takes r = all, or the smallest r that holds 99 % of the energy Σ σ_i
 
 import torch.nn as nn
 
-from .adapter import Adapter, is_number, whole
+from .adapter import Adapter, is_number, check_int
 from .svd import apply_beside, apply_factors, thin_svd
 
 
@@ -26,12 +26,12 @@ class SVFit(Adapter):
         r = rank or len(S)
         self.options = {"rank": r, "energy": None}              # resolved: what a file stores for this layer
         # with all ranks W_e is zero and the factors stand for W0, which is then not kept
-        self.keep("W0", None if r == len(S) else linear.weight)
+        self.register_frozen("W0", None if r == len(S) else linear.weight)
         if r < len(S):
             U, S, Vt = U[:, :r].clone(), S[:r], Vt[:r].clone()  # a slice would keep the whole alive
-        self.keep("U", U)
-        self.keep("S", S)
-        self.keep("Vt", Vt)
+        self.register_frozen("U", U)
+        self.register_frozen("S", S)
+        self.register_frozen("Vt", Vt)
         self.s = nn.Parameter(S.clone())
 
     @property
@@ -58,6 +58,6 @@ class SVFit(Adapter):
         if rank is not None and energy is not None:
             raise ValueError("give rank or energy, not both")
         if rank is not None:
-            whole("rank", rank, 1, min(d_out, d_in))
+            check_int("rank", rank, 1, min(d_out, d_in))
         if energy is not None and not (is_number(energy) and 0 < energy <= 1):
             raise ValueError(f"energy must lie in (0, 1], not {energy!r}")

@@ -26,7 +26,7 @@ from functools import lru_cache
 import torch
 import torch.nn as nn
 
-from .adapter import Adapter, whole
+from .adapter import Adapter, check_int
 from .svd import apply_beside, apply_factors, thin_svd
 
 PATTERNS = ("plain", "banded", "random", "topk")
@@ -45,27 +45,27 @@ class SVFT(Adapter):
         U, S, Vt = thin_svd(linear.weight) if basis == "singular" else random_basis(linear.weight, seed)
         r = rank or len(S)
         # U Σ Vᵀ stands for W0, which is then not kept
-        self.keep("W0", None if r == len(S) and basis == "singular" else linear.weight)
+        self.register_frozen("W0", None if r == len(S) and basis == "singular" else linear.weight)
         if r < len(S):
             U, S, Vt = U[:, :r].clone(), S[:r].clone(), Vt[:r].clone()  # a slice would keep the whole alive
-        self.keep("U", U)                                       # (d_out, r)
-        self.keep("S", S)                                       # (r,)
-        self.keep("Vt", Vt)                                     # (r, d_in)
+        self.register_frozen("U", U)                                       # (d_out, r)
+        self.register_frozen("S", S)                                       # (r,)
+        self.register_frozen("Vt", Vt)                                     # (r, d_in)
         k = self.count(*linear.weight.shape, **options)
         self.M = nn.Parameter(torch.zeros(k, dtype=S.dtype, device=S.device))
         if pattern != "plain":
-            where = positions(pattern, U, Vt, off_diagonals, k, seed)          # (k,): i r + j
+            indices = positions(pattern, U, Vt, off_diagonals, k, seed)          # (k,): i r + j
             if pattern == "banded":
-                self.keep("where", where)
+                self.register_frozen("indices", indices)
             else:
-                self.register_buffer("where", where)            # stored: another torch may draw or rank otherwise
+                self.register_buffer("indices", indices)            # stored: another torch may draw or rank otherwise
 
     def core(self):
         """Σ + M, or M alone beside W0: (r,) where it is diagonal, else (r, r)."""
         start = self.S if self.W0 is None else torch.zeros_like(self.S)
         if self.options["pattern"] == "plain":
             return start + self.M
-        return torch.diag(start).flatten().scatter_add(0, self.where, self.M).view(len(start), -1)
+        return torch.diag(start).flatten().scatter_add(0, self.indices, self.M).view(len(start), -1)
 
     @property
     def weight(self):
@@ -94,9 +94,9 @@ class SVFT(Adapter):
             raise ValueError("topk ranks u_iᵀ v_j, which exists only for a square matrix: "
                              "target query, key, value and out, or take another pattern")
         if rank is not None:
-            whole("rank", rank, 1, min(d_out, d_in))
-        whole("off_diagonals", off_diagonals, 0, None if pattern == "plain" else (rank or min(d_out, d_in)) - 1)
-        whole("seed", seed, 0)
+            check_int("rank", rank, 1, min(d_out, d_in))
+        check_int("off_diagonals", off_diagonals, 0, None if pattern == "plain" else (rank or min(d_out, d_in)) - 1)
+        check_int("seed", seed, 0)
 
 
 def positions(pattern, U, Vt, off_diagonals, k, seed):

@@ -16,7 +16,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .adapter import Adapter, is_number, whole
+from .adapter import Adapter, check_int, is_number
+from .svd import builds_first
 
 
 class VeRA(Adapter):
@@ -27,11 +28,11 @@ class VeRA(Adapter):
     def __init__(self, linear, *, rank=256, seed=0, d_init=0.1):
         super().__init__(linear, rank=rank, seed=seed, d_init=d_init)
         W0 = linear.weight.detach()
-        self.keep("W0", W0)
+        self.register_frozen("W0", W0)
         A = uniform(2 * seed, self.in_features, rank).t() * (6 / self.in_features) ** 0.5
         B = uniform(2 * seed + 1, self.out_features, rank) * (6 / rank) ** 0.5
-        self.keep("A", A.to(W0).contiguous())                                       # (r, d_in)
-        self.keep("B", B.to(W0))                                                    # (d_out, r)
+        self.register_frozen("A", A.to(W0).contiguous())                                       # (r, d_in)
+        self.register_frozen("B", B.to(W0))                                                    # (d_out, r)
         self.b = nn.Parameter(W0.new_zeros(self.out_features))
         self.d = nn.Parameter(W0.new_full((rank,), d_init))
 
@@ -40,6 +41,8 @@ class VeRA(Adapter):
         return self.W0 + (self.b[:, None] * self.B * self.d) @ self.A               # (d_out, d_in)
 
     def forward(self, x):
+        if builds_first(x, self.W0.shape, len(self.d)):     # with r above the width, as on the teaching models
+            return F.linear(x, self.weight, self.bias)
         flat = x.reshape(-1, self.in_features)                                      # (T, d_in)
         update = F.linear(F.linear(flat, self.A) * self.d, self.B)                  # (T, d_out)
         y = F.linear(flat, self.W0, self.bias).addcmul_(update, self.b)             # in place: see add_update
@@ -51,8 +54,8 @@ class VeRA(Adapter):
 
     @staticmethod
     def check(d_out, d_in, *, rank=256, seed=0, d_init=0.1):
-        whole("rank", rank, 1)
-        whole("seed", seed, 0)
+        check_int("rank", rank, 1)
+        check_int("seed", seed, 0)
         if not is_number(d_init) or d_init == 0:
             raise ValueError(f"d_init must be a number other than 0 (from 0 nothing would learn), not {d_init!r}")
 

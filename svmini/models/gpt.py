@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import InputError
 from . import published
-from .transformer import Block, Cache, check_config, init_linears
+from .transformer import Block, KVCache, check_config, init_linears
 
 
 @dataclass
@@ -53,12 +53,12 @@ class GPT(nn.Module):
         nn.init.normal_(self.position_embedding.weight, std=std)
         self.head.weight = self.token_embedding.weight   # tied: one matrix reads and writes tokens
 
-    def forward(self, tokens, at=None, cache=None):
+    def forward(self, tokens, last_positions=None, cache=None):
         """tokens (B, T) int64 -> logits (B, T, vocab_size). Raises ValueError where T exceeds block_size.
 
-        at (B,) int64: one position of each row, for the logits there alone, (B, vocab_size). The logits of all
+        last_positions (B,) int64: one position of each row, for the logits there alone, (B, vocab_size). The logits of all
         positions are by far the largest tensor: gigabytes for GPT-2's vocabulary.
-        cache: a Cache of the tokens before these. These are added to it, of each row as far as `at`: what follows
+        cache: a KVCache of the tokens before these. These are added to it, of each row as far as `last_positions`: what follows
         is padding.
         """
         B, T = tokens.shape
@@ -70,9 +70,9 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x, cache)                                                               # (B, T, d)
         if cache is not None:
-            cache.lengths = cache.lengths + (T if at is None else at + 1)
-        if at is not None:
-            x = x[torch.arange(B, device=device), at]                                         # (B, d)
+            cache.lengths = cache.lengths + (T if last_positions is None else last_positions + 1)
+        if last_positions is not None:
+            x = x[torch.arange(B, device=device), last_positions]                                         # (B, d)
         return self.head(self.norm(x))                                           # (B, T, vocab), or (B, vocab)
 
     @torch.no_grad()
@@ -83,11 +83,11 @@ class GPT(nn.Module):
         temperature 0 (or below 1e-6) takes the likeliest (greedy). What lies further back than block_size is not seen.
         """
         context, was_training = self.config.block_size, self.training
-        unread, cache = tokens[:, -context:], Cache(min(tokens.shape[1] + max_new_tokens, context))
+        unread, cache = tokens[:, -context:], KVCache(min(tokens.shape[1] + max_new_tokens, context))
         self.eval()
         for _ in range(max_new_tokens):
             last = torch.full((len(unread),), unread.shape[1] - 1, device=unread.device)      # (B,)
-            logits = self(unread, at=last, cache=cache).float()                               # (B, vocab)
+            logits = self(unread, last_positions=last, cache=cache).float()                               # (B, vocab)
             if temperature < 1e-6:
                 new = logits.argmax(dim=-1, keepdim=True)                                     # (B, 1)
             else:
@@ -105,7 +105,7 @@ class GPT(nn.Module):
         return tokens
 
     @torch.no_grad()
-    def answer(self, prompts, max_new, end=None, batch_size=64):
+    def generate_greedy(self, prompts, max_new, end=None, batch_size=64):
         """The likeliest continuation of each prompt, token by token: a list of (at most max_new,) int64 on the CPU.
 
         prompts: a sequence of (T,) int64 tensors, of any lengths. A continuation ends with the token `end`, after
@@ -126,9 +126,9 @@ class GPT(nn.Module):
                 continue
             tokens = pad_sequence([prompts[i] for i in going], batch_first=True).to(device)              # (B, T)
             last = torch.tensor([len(prompts[i]) - 1 for i in going], device=device)                     # (B,)
-            cache = Cache(min(tokens.shape[1] + max_new, context))
+            cache = KVCache(min(tokens.shape[1] + max_new, context))
             while going:
-                new = self(tokens, at=last, cache=cache).argmax(dim=-1)                                  # (B,)
+                new = self(tokens, last_positions=last, cache=cache).argmax(dim=-1)                                  # (B,)
                 for i, token in zip(going, new.tolist()):
                     answers[i].append(token)
                 on = [row for row, i in enumerate(going) if has_room(i) and answers[i][-1] != end]
@@ -156,12 +156,12 @@ class GPT(nn.Module):
         state = {k.removeprefix("transformer."): v for k, v in published.read_source(source, cls.urls()).items()}
         # causal masks that older files carry
         state = {k: v for k, v in state.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
-        published.check_naming(state, "gpt2")
+        published.check_format(state, "gpt2")
         head = state.pop("lm_head.weight", None)
         if head is not None and not torch.equal(head, state["wte.weight"]):
             raise InputError("lm_head.weight differs from wte.weight: in this GPT the head is the token embedding")
         n_layer = len({k.split(".")[1] for k in state if k.startswith("h.")})
-        ours = published.from_theirs(state, published.gpt2_names(n_layer))
+        ours = published.convert_from(state, published.gpt2_format(n_layer))
         (vocab_size, d_model), block_size = state["wte.weight"].shape, len(state["wpe.weight"])
         config = GPTConfig(vocab_size, block_size, n_layer, published.heads_of(d_model, n_head), d_model)
         model = published.built(cls, config, ours | {"head.weight": ours["token_embedding.weight"]})
@@ -179,6 +179,6 @@ class GPT(nn.Module):
         head = state.pop("head.weight", None)
         if self.head.weight is not self.token_embedding.weight and not torch.equal(head, self.token_embedding.weight):
             raise InputError("head.weight differs from token_embedding.weight: in a GPT-2 the two are one")
-        state = published.to_theirs(state, published.gpt2_names(self.config.n_layer))
+        state = published.convert_to(state, published.gpt2_format(self.config.n_layer))
         state = {f"transformer.{k}": v for k, v in state.items()}
         return state | {"lm_head.weight": state["transformer.wte.weight"]}

@@ -1,6 +1,6 @@
-"""Published weights: read them, and carry them over between their naming and ours.
+"""Published weights: read them, and carry them over between their format and ours.
 
-A naming is a list of (their key, our keys, transposed): one of their tensors holds ours stacked along the first
+A format is a list of (their key, our keys, transposed): one of their tensors holds ours stacked along the first
 axis (after a transpose, where they keep the matrix the other way round).
 """
 
@@ -81,19 +81,19 @@ def downloaded(name, url):
         raise InputError(f"{path} is damaged ({one_line(error)}): delete it to download it again") from None
 
 
-def naming_of(state):
-    """"torchvision", "timm" or "gpt2": whose naming a state dict is in. Raises InputError where it is in none."""
+def format_of(state):
+    """"torchvision", "timm" or "gpt2": whose format a state dict is in. Raises InputError where it is in none."""
     marks = {"torchvision": "conv_proj.weight", "timm": "patch_embed.proj.weight", "gpt2": "wte.weight"}
-    for naming, mark in marks.items():
+    for format, mark in marks.items():
         if mark in state or f"transformer.{mark}" in state:
-            return naming
+            return format
     raise InputError("this is no state dict of a ViT as torchvision or timm name it, nor of a GPT-2: "
                      f"{', '.join(marks.values())} were looked for and are not in it")
 
 
-def check_naming(state, wanted):
-    """Raise InputError unless a state dict is in the wanted naming."""
-    found = naming_of(state)
+def check_format(state, wanted):
+    """Raise InputError unless a state dict is in the wanted format."""
+    found = format_of(state)
     if found != wanted:
         kinds = {"torchvision": "a ViT", "timm": "a ViT", "gpt2": "a GPT-2"}
         raise InputError(f"these are weights of {kinds[found]}, not of {kinds[wanted]}")
@@ -109,8 +109,8 @@ def heads_of(d_model, n_head):
 
 # ---- in and out ----
 
-def from_theirs(state, names):
-    """Their state dict in our naming, as float tensors of our own. Raises InputError that lists what does not fit."""
+def convert_from(state, names):
+    """Their state dict in our format, as float tensors of our own. Raises InputError that lists what does not fit."""
     expected = {theirs for theirs, _, _ in names}
     missing, surplus = sorted(expected - state.keys()), sorted(state.keys() - expected)
     if missing or surplus:
@@ -125,15 +125,15 @@ def from_theirs(state, names):
     return ours
 
 
-def to_theirs(state, names):
-    """Our state dict in their naming: the inverse of from_theirs, to the last bit.
+def convert_to(state, names):
+    """Our state dict in their format: the inverse of convert_from, to the last bit.
 
     Raises InputError that names every tensor without a place there, and every one that is missing for it.
     """
     expected = {key for _, keys, _ in names for key in keys}
     missing, surplus = sorted(expected - state.keys()), sorted(state.keys() - expected)
     if missing or surplus:
-        raise InputError(f"the model does not fit into this naming: no place for {surplus or 'nothing'}, missing "
+        raise InputError(f"the model does not fit into this format: no place for {surplus or 'nothing'}, missing "
                          f"{missing or 'nothing'}" + (" (merge an adapted model first)" if missing else ""))
     out = {}
     for theirs, keys, transposed in names:
@@ -155,7 +155,7 @@ def built(model_class, config, state):
 
 # ---- the namings ----
 
-def gpt2_names(n_layer):
+def gpt2_format(n_layer):
     """(GPT-2's key, our keys that are stacked in it, transposed or not) for every weight of a GPT-2."""
     names = spelled_out(
         {"wte.weight": "token_embedding.weight", "wpe.weight": "position_embedding.weight"}, {"ln_f.": "norm"},
@@ -165,23 +165,23 @@ def gpt2_names(n_layer):
     return [(theirs, ours, ".c_" in theirs and theirs.endswith("weight")) for theirs, ours, _ in names]
 
 
-def torchvision_names(n_layer):
+def torchvision_format(n_layer):
     """(torchvision's key, our keys that are stacked in it, False) for every weight of a ViT."""
     return spelled_out(
         {"class_token": "class_token", "encoder.pos_embedding": "position_embedding"},
-        {"conv_proj.": "patches", "encoder.ln.": "norm", "heads.head.": "head"},
+        {"conv_proj.": "patch_embed", "encoder.ln.": "norm", "heads.head.": "head"},
         "encoder.layers.encoder_layer_{}.", {
             "ln_1.": "norm1", "ln_2.": "norm2", "self_attention.in_proj_": QKV,
             "self_attention.out_proj.": "attention.out", "mlp.0.": "mlp.up", "mlp.3.": "mlp.down"}, n_layer)
 
 
-def timm_names(n_layer, scales):
+def timm_format(n_layer, scales):
     """(timm's key, our keys that are stacked in it, False) for every weight of a ViT; scales: with its layer scales,
     which ours has not (blocks.0.ls1, ...)."""
     gammas = {f"blocks.{i}.{ls}.gamma": f"blocks.{i}.{ls}" for i in range(n_layer) for ls in ("ls1", "ls2") if scales}
     return spelled_out(
         {"cls_token": "class_token", "pos_embed": "position_embedding"} | gammas,
-        {"patch_embed.proj.": "patches", "norm.": "norm", "head.": "head"},
+        {"patch_embed.proj.": "patch_embed", "norm.": "norm", "head.": "head"},
         "blocks.{}.", {"norm1.": "norm1", "norm2.": "norm2", "attn.qkv.": QKV, "attn.proj.": "attention.out",
                        "mlp.fc1.": "mlp.up", "mlp.fc2.": "mlp.down"}, n_layer)
 

@@ -40,7 +40,7 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(B, T, d))                      # (B, T, d)
 
 
-class Cache:
+class KVCache:
     """Keys and values of the tokens that a causal model has read: each token then goes through the model only once.
 
     The rows of a batch may be of different lengths. The next token of row i stands at position lengths[i], and its

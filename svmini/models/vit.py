@@ -59,7 +59,7 @@ class ViT(nn.Module):
         self.config = config
         C, P, d = config.in_channels, config.patch_size, config.d_model
         n_patches = (config.image_size // P) ** 2
-        self.patches = nn.Conv2d(C, d, kernel_size=P, stride=P)
+        self.patch_embed = nn.Conv2d(C, d, kernel_size=P, stride=P)
         self.class_token = nn.Parameter(torch.zeros(1, 1, d))
         self.position_embedding = nn.Parameter(torch.empty(1, 1 + n_patches, d))
         self.dropout = nn.Dropout(config.dropout)
@@ -68,12 +68,12 @@ class ViT(nn.Module):
             for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(d, eps=1e-6)
         init_linears(self, std=1 / math.sqrt(d))
-        nn.init.normal_(self.patches.weight, std=1 / math.sqrt(C * P * P))
-        nn.init.zeros_(self.patches.bias)
+        nn.init.normal_(self.patch_embed.weight, std=1 / math.sqrt(C * P * P))
+        nn.init.zeros_(self.patch_embed.bias)
         nn.init.normal_(self.position_embedding, std=0.02)
-        self.new_head(config.num_classes)
+        self.reset_classifier(config.num_classes)
 
-    def new_head(self, num_classes):
+    def reset_classifier(self, num_classes):
         """Put a fresh linear classifier of zeros in place, as a new task needs it; returns the model."""
         self.config = replace(self.config, num_classes=num_classes)   # checks it; the caller's stays as it is
         device, dtype = self.class_token.device, self.class_token.dtype
@@ -82,7 +82,7 @@ class ViT(nn.Module):
         nn.init.zeros_(self.head.bias)
         return self
 
-    def new_size(self, image_size):
+    def set_input_size(self, image_size):
         """Take images of another size from now on: the grid of position embeddings is interpolated (bicubic), the
         patches stay as they are (arXiv 2010.11929, section 3.2); returns the model."""
         config = replace(self.config, image_size=image_size)   # checks it
@@ -102,7 +102,7 @@ class ViT(nn.Module):
         if images.shape[1:] != (c.in_channels, c.image_size, c.image_size):
             raise ValueError(f"images of shape {tuple(images.shape)} do not fit: this ViT takes "
                              f"(B, {c.in_channels}, {c.image_size}, {c.image_size})")
-        x = self.patches(images).flatten(2).transpose(1, 2)                      # (B, patches, d)
+        x = self.patch_embed(images).flatten(2).transpose(1, 2)                      # (B, patches, d)
         x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)       # (B, 1 + patches, d)
         x = self.dropout(x + self.position_embedding)
         for block in self.blocks:
@@ -118,7 +118,7 @@ class ViT(nn.Module):
     def from_state(cls, state, n_head=None):
         """A ViT from a published model's state dict, in torchvision's or timm's naming: its keys tell which.
         Raises InputError where it is neither."""
-        torchvisions = published.naming_of(state) == "torchvision"
+        torchvisions = published.format_of(state) == "torchvision"
         return (cls.from_torchvision if torchvisions else cls.from_timm)(state, n_head=n_head)
 
     @classmethod
@@ -132,10 +132,10 @@ class ViT(nn.Module):
         Raises InputError that lists missing, surplus and misshapen keys, or asks for n_head.
         """
         state = published.read_source(source, published.torchvision_urls())
-        published.check_naming(state, "torchvision")
+        published.check_format(state, "torchvision")
         n_layer = len({k.split(".")[2] for k in state if k.startswith("encoder.layers.")})
         state = with_head(state, "heads.head", state["conv_proj.weight"])
-        ours = published.from_theirs(state, published.torchvision_names(n_layer))
+        ours = published.convert_from(state, published.torchvision_format(n_layer))
         return cls._of(ours, n_layer, num_classes, n_head, image_size, published.IMAGENET)
 
     @classmethod
@@ -148,12 +148,12 @@ class ViT(nn.Module):
         0.5 where the head has the 21,843 classes of ImageNet-21k, as Google's models were trained.
         """
         state = dict(published.read_source(source, published.TIMM_URLS))
-        published.check_naming(state, "timm")
+        published.check_format(state, "timm")
         state.pop("mask_token", None)
         n_layer = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
         scaled = any(k.endswith((".ls1.gamma", ".ls2.gamma")) for k in state)
         state = with_head(state, "head", state["patch_embed.proj.weight"])
-        ours = published.from_theirs(state, published.timm_names(n_layer, scaled))
+        ours = published.convert_from(state, published.timm_format(n_layer, scaled))
         scales = {k: ours.pop(k) for k in list(ours) if k.endswith((".ls1", ".ls2"))}
         expects = {} if len(ours["head.bias"]) == 21843 else published.IMAGENET
         model = cls._of(ours, n_layer, num_classes, n_head, image_size, expects)
@@ -168,7 +168,7 @@ class ViT(nn.Module):
     @classmethod
     def _of(cls, ours, n_layer, num_classes, n_head, image_size, expects):
         """A ViT of weights in our naming; expects: mean and std, where the pictures have three channels."""
-        d, in_channels, patch, _ = ours["patches.weight"].shape
+        d, in_channels, patch, _ = ours["patch_embed.weight"].shape
         config = ViTConfig(
             image_size=patch * math.isqrt(ours["position_embedding"].shape[1] - 1), patch_size=patch,
             in_channels=in_channels, num_classes=len(ours["head.bias"]), n_layer=n_layer,
@@ -176,15 +176,15 @@ class ViT(nn.Module):
             d_mlp=len(ours["blocks.0.mlp.up.bias"]), **expects if in_channels == 3 else {})
         model = published.built(cls, config, ours)
         if image_size is not None:
-            model.new_size(image_size)
-        return model if num_classes is None else model.new_head(num_classes)
+            model.set_input_size(image_size)
+        return model if num_classes is None else model.reset_classifier(num_classes)
 
     def to_torchvision(self):
         """The weights as a torchvision VisionTransformer state dict: the inverse of from_torchvision.
 
         Raises InputError that names every tensor for which torchvision has no place.
         """
-        return published.to_theirs(self.state_dict(), published.torchvision_names(self.config.n_layer))
+        return published.convert_to(self.state_dict(), published.torchvision_format(self.config.n_layer))
 
 
 def with_head(state, name, patches):

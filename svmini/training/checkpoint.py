@@ -12,30 +12,30 @@ from .loop import evaluate
 LEFT_BY_A_RUN = ("last.pt", "metrics.jsonl", "row.json", "adapter.pt", "model.pt")
 
 
-class Run:
+class RunFolder:
     """One run in one folder, or in none (folder=None), where nothing is kept.
 
-    conditions: one dict of plain values, all that decides the result. What the folder holds is used under the very
-    same conditions only. resume: go on from what an earlier run left there; without it that is deleted.
+    run_config: one dict of plain values, all that decides the result. What the folder holds is used under the very
+    same run_config only. resume: go on from what an earlier run left there; without it that is deleted.
     save_every, eval_every: in steps; 0 means after the last one.
     log: a list of {"step", "split", "loss", "metric", "lr"}, one for each evaluation.
     """
 
-    def __init__(self, folder=None, conditions=None, resume=False, save_every=0, eval_every=0):
+    def __init__(self, folder=None, run_config=None, resume=False, save_every=0, eval_every=0):
         self.folder = None if folder is None else Path(folder)
-        self.conditions, self.resume = after_json(conditions or {}), resume
+        self.run_config, self.resume = after_json(run_config or {}), resume
         self.save_every, self.eval_every, self.log = save_every, eval_every, []
         if self.folder is not None and not resume:
-            forget(self.folder)
+            delete_run(self.folder)
 
     def finished(self):
-        """The row that an earlier run finished under the same conditions, or None. Raises InputError where they were
+        """The row that an earlier run finished under the same run_config, or None. Raises InputError where they were
         others, or the file is damaged."""
         path = self.folder / "row.json"
         if not self.resume or not path.is_file():
             return None
-        content = read_json(path, "conditions", "row")
-        self.compare(path, content["conditions"])
+        content = read_json(path, "run_config", "row")
+        self.compare(path, content["run_config"])
         return content["row"]
 
     def restore(self, model, optimizer, scaler):
@@ -44,7 +44,7 @@ class Run:
         if not self.resume or path is None or not path.is_file():
             return 0
         content = files.load(path, "run")
-        self.compare(path, content["conditions"])
+        self.compare(path, content["run_config"])
         put_trained_state(model, content["model"])
         optimizer.load_state_dict(content["optimizer"])
         scaler.load_state_dict(content["scaler"])
@@ -59,10 +59,10 @@ class Run:
         """Whether something is evaluated or saved after this step."""
         return done == steps or any(every and done % every == 0 for every in (self.eval_every, self.save_every))
 
-    def after_step(self, done, steps, stopping, model, task, machine, optimizer, scaler, lr):
+    def after_step(self, done, steps, stopping, model, task, device_config, optimizer, scaler, lr):
         """Evaluate and save, where it is time for it. stopping: the run ends here, so it must be saved."""
         if done == steps or self.eval_every and done % self.eval_every == 0:
-            scores = evaluate(model, task, "val", machine)
+            scores = evaluate(model, task, "val", device_config)
             self.log.append({"step": done, "split": "val", **scores, "lr": lr})
             self.write_log()
         if self.folder is None or not (stopping or done == steps or self.save_every and done % self.save_every == 0):
@@ -70,13 +70,13 @@ class Run:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         files.save(self.folder / "last.pt", "run", {
             "step": done, "model": trained_state(model), "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(), "random": [torch.get_rng_state(), *cuda], "conditions": self.conditions,
+            "scaler": scaler.state_dict(), "random": [torch.get_rng_state(), *cuda], "run_config": self.run_config,
             "log": self.log})
 
     def finish(self, row):
-        """Keep the row under the run's conditions. The checkpoint has done its work."""
+        """Keep the row under the run's run_config. The checkpoint has done its work."""
         files.write_text(self.folder / "row.json",
-                         json.dumps({"conditions": self.conditions, "row": row}, ensure_ascii=False))
+                         json.dumps({"run_config": self.run_config, "row": row}, ensure_ascii=False))
         (self.folder / "last.pt").unlink(missing_ok=True)
 
     def write_log(self):
@@ -85,14 +85,14 @@ class Run:
             files.write_text(self.folder / "metrics.jsonl", "".join(lines))
 
     def compare(self, path, was):
-        """Raise InputError that names what differs from the conditions that a file was made under."""
-        different = differences(was, self.conditions)
+        """Raise InputError that names what differs from the run_config that a file was made under."""
+        different = differences(was, self.run_config)
         if different:
-            raise InputError(f"{path} was made under other conditions: {'; '.join(different)}. Give the same flags, "
+            raise InputError(f"{path} was made with another run config: {'; '.join(different)}. Give the same flags, "
                              "another --out, or leave out --resume to begin anew")
 
 
-def forget(folder):
+def delete_run(folder):
     """Delete what an earlier run left in its folder."""
     for name in LEFT_BY_A_RUN:
         (Path(folder) / name).unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from .. import files
-from ..methods import parse_word
+from ..methods import parse_spec
 
 REFERENCE = "lora:rank=8"   # what the others are compared with, seed by seed
 
@@ -16,7 +16,7 @@ REFERENCE = "lora:rank=8"   # what the others are compared with, seed by seed
 def line(row):
     """One row, as it is finished."""
     metric = row.get("failed") or f"{row['metric_name']} {row['metric']:.4g}"
-    return f"  {row['method']:<36} seed {row['seed']}  {row['adapter']:>12,} numbers  {metric}"
+    return f"  {row['method']:<36} seed {row['seed']}  {row['trainable_params']:>12,} numbers  {metric}"
 
 
 def summarise(rows):
@@ -26,31 +26,31 @@ def summarise(rows):
         methods.setdefault(row["method"], []).append(row)
     reference = {r["seed"]: r["metric"] for r in methods.get(REFERENCE, [])}
     table = []
-    for word, runs in methods.items():
+    for spec, runs in methods.items():
         sound = [r for r in runs if r["metric"] is not None]
         differences = [r["metric"] - reference[r["seed"]] for r in sound if reference.get(r["seed"]) is not None]
         table.append({**(sound or runs)[0], "metrics": [r["metric"] for r in sound],
-                      "differences": differences if word not in (REFERENCE, "start") else [],
+                      "differences": differences if spec not in (REFERENCE, "zero-shot") else [],
                       **{key: [r[key] for r in sound if r[key] is not None]
-                         for key in ("recovered", "ms_per_step", "seconds", "peak_mb")}})
+                         for key in ("gap_recovered", "ms_per_step", "seconds", "peak_mb")}})
     return table
 
 
 def table_lines(rows):
     """The table as lines of Markdown: how many numbers a method trains, what it reaches, and which part that is of
-    what full fine-tuning gains."""
+    what full fine-lr_sweep gains."""
     better = "higher" if rows[0]["higher_is_better"] else "lower"
     digits = 3 if rows[0]["metric_name"] == "loss" else 1
-    cells = [["method", "numbers trained", f"{rows[0]['metric_name']} ({better} is better)",
-              f"minus {REFERENCE}, paired", "share of full's gain", "ms/step"]]
+    cells = [["method", "trainable params", f"{rows[0]['metric_name']} ({better} is better)",
+              f"Δ vs {REFERENCE} (paired)", "gap recovered", "ms/step"]]
     for t in summarise(rows):
-        share = statistics.mean(t["recovered"]) if t["recovered"] else None
-        cells.append([t["method"], f"{t['adapter']:,}", spread(t["metrics"], f".{digits}f") or "diverged",
+        share = statistics.mean(t["gap_recovered"]) if t["gap_recovered"] else None
+        cells.append([t["method"], f"{t['trainable_params']:,}", spread(t["metrics"], f".{digits}f") or "diverged",
                       spread(t["differences"], f"+.{digits}f") or "-", "-" if share is None else
                       f"{100 * share:4.0f} {bar(share)}", spread(t["ms_per_step"], ".1f", mean_only=True) or "-"])
     if len({row["seed"] for row in rows}) == 1:   # one difference is no paired comparison
         cells = [row[:3] + row[4:] for row in cells]
-    return markdown(cells, left=("method", "share of full's gain"))
+    return markdown(cells, left=("method", "gap recovered"))
 
 
 def cost_lines(rows):
@@ -58,51 +58,51 @@ def cost_lines(rows):
     cells = [["method", "% of base", "lr", "ms/step", "s", "peak MB", "file"]]
     for t in summarise(rows):
         mean = {key: spread(t[key], ".1f", mean_only=True) or "-" for key in ("ms_per_step", "seconds", "peak_mb")}
-        cells.append([t["method"], f"{t['percent']:.2f}", "-" if t["lr"] is None else f"{t['lr']:.2g}",
+        cells.append([t["method"], f"{t['trainable_percent']:.2f}", "-" if t["lr"] is None else f"{t['lr']:.2g}",
                       mean["ms_per_step"], mean["seconds"], mean["peak_mb"], size(t["adapter_bytes"])])
     return markdown(cells, left=("method",))
 
 
 def notes(rows):
     """What stands under the table: seeds, the head's numbers, what failed."""
-    seeds = sorted({r["seed"] for r in rows if r["method"] != "start"})
+    seeds = sorted({r["seed"] for r in rows if r["method"] != "zero-shot"})
     small = "small differences" if rows[0]["metric_name"] == "loss" else "differences under three points"
     if len(seeds) == 1:
         lines = [f"one seed: {small} show nothing (--seeds 3 for mean, spread and paired differences)"]
     else:
         lines = [f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}: of the batches, of LoRA's and "
                  "DoRA's start, and of the draw where real pictures are drawn by class; the base is one"]
-    heads = {r["head"] for r in rows if r.get("head")}
+    heads = {r["head_params"] for r in rows if r.get("head_params")}
     if heads:
         lines.append(f"head: {max(heads):,} numbers more, trained beside every method and not counted as adapter's")
     return lines + [f"{r['method']}, seed {r['seed']}: {r['failed']}" for r in rows if r.get("failed")]
 
 
-def tuning_lines(found):
+def lr_sweep_lines(found):
     """What each method's grid of learning rates gave, and where the best one lies at its edge."""
     lines = []
-    for word, t in found.items():
+    for spec, t in found.items():
         grid = "  ".join(f"{lr:.2g}: " + ("diverged" if v is None else f"{v:.4g}") for lr, v in zip(t["lr"], t["val"]))
         edge = t["best"] in (min(t["lr"]), max(t["lr"])) and len(t["lr"]) > 1
         chosen = "none" if t["best"] is None else f"{t['best']:.2g}"
-        lines.append(f"  {word:<44} {grid}  -> {chosen}" + (" (at the edge of the grid)" if edge else ""))
+        lines.append(f"  {spec:<44} {grid}  -> {chosen}" + (" (at the edge of the grid)" if edge else ""))
     return lines
 
 
-def write(out, rows, about, tuning=None):
+def write(out, rows, metadata, lr_sweep=None):
     """Print the table; write out/results.json, results.md and, where matplotlib is installed, results.png.
 
-    about: what was run, where, on what: plain values, "task" among them.
+    metadata: what was run, where, on what: plain values, "task" among them.
     """
-    about = {"python": platform.python_version(), "torch": torch.__version__, **about}
+    metadata = {"python": platform.python_version(), "torch": torch.__version__, **metadata}
     bare = [{key: value for key, value in row.items() if key != "sample"} for row in rows]
-    files.write_text(Path(out) / "results.json", json.dumps({**about, "rows": bare, "tuning": tuning}, indent=1,
+    files.write_text(Path(out) / "results.json", json.dumps({**metadata, "rows": bare, "lr_sweep": lr_sweep}, indent=1,
                                                             ensure_ascii=False) + "\n")
     print("\n".join(["", *table_lines(rows), "", *notes(rows)]))
-    facts = [f"- {key}: {value.get('result', value) if key == 'base' else value}" for key, value in about.items()]
+    info = [f"- {key}: {value.get('result', value) if key == 'base' else value}" for key, value in metadata.items()]
     files.write_text(Path(out) / "results.md", "\n".join(
-        [f"# {about['task']}", "", *table_lines(rows), "", *cost_lines(rows), "", *(f"- {n}" for n in notes(rows)), "",
-         *facts]) + "\n")
+        [f"# {metadata['task']}", "", *table_lines(rows), "", *cost_lines(rows), "", *(f"- {n}" for n in notes(rows)), "",
+         *info]) + "\n")
     drawn = plot(Path(out) / "results.png", rows)
     print(f"{Path(out) / 'results.json'}, results.md (with rates and costs)" + (", results.png" if drawn else ""))
     if not drawn:
@@ -110,10 +110,10 @@ def write(out, rows, about, tuning=None):
 
 
 def plot(path, rows):
-    """The metric against the numbers trained, on a log axis, as a PNG that reads on a light and on a dark page: one
+    """The metric against the trainable params, on a log axis, as a PNG that reads on a light and on a dark page: one
     colour a method, its points joined. Returns False where matplotlib is missing."""
     try:
-        from matplotlib.figure import Figure   # not pyplot, which would change a notebook's settings
+        from matplotlib.figure import Figure   # not pyplot, which would change a notebook's train_config
     except ImportError:
         return False
     grey, lines = "#808080", {}
@@ -121,9 +121,9 @@ def plot(path, rows):
     axes = figure.subplots()
     for t in (t for t in summarise(rows) if t["metrics"]):
         mean = statistics.mean(t["metrics"])
-        if t["adapter"]:
+        if t["trainable_params"]:
             deviation = statistics.stdev(t["metrics"]) if len(t["metrics"]) > 1 else 0
-            lines.setdefault(family(t["method"]), []).append((t["adapter"], mean, deviation))
+            lines.setdefault(family(t["method"]), []).append((t["trainable_params"], mean, deviation))
         else:
             axes.axhline(mean, color=grey, linestyle=":", linewidth=1)
             axes.annotate(t["method"], (0.01, mean), xycoords=("axes fraction", "data"), va="bottom", color=grey)
@@ -132,7 +132,7 @@ def plot(path, rows):
         axes.errorbar(x, y, yerr=deviation if any(deviation) else None, marker="osD^vP"[i % 6], fillstyle="none",
                       capsize=3, linewidth=1, color=f"C{i % 10}", label=name)
     axes.set_xscale("log")
-    axes.set_xlabel("numbers trained beside the head", color=grey)
+    axes.set_xlabel("trainable params beside the head", color=grey)
     axes.set_ylabel(rows[0]["metric_name"], color=grey)
     axes.tick_params(which="both", colors=grey)
     for spine in axes.spines.values():
@@ -143,9 +143,9 @@ def plot(path, rows):
     return True
 
 
-def family(word):
+def family(spec):
     """Which curve of the plot a row belongs to: its method, and what else sets it apart besides its size."""
-    method, options, _ = parse_word(word)
+    method, options, _ = parse_spec(spec)
     apart = [f"{key} {value}" for key, value in options.items() if value in ("random", "topk", "pissa")]
     return " ".join([method, *apart])
 

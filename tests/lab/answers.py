@@ -27,7 +27,7 @@ class Columns(Adapter):
 
     def __init__(self, linear):
         super().__init__(linear)
-        self.keep("W0", linear.weight)
+        self.register_frozen("W0", linear.weight)
         self.g = nn.Parameter(linear.weight.new_ones(self.in_features))
 
     @property
@@ -67,7 +67,7 @@ def train_both(linear, x, y, steps, lr, weight_decay=0):
     return tuple(trained)
 
 
-def how_learned(W, start):
+def weight_stats(W, start):
     squares = torch.linalg.svdvals(W).square()
     return (((W * start).sum() / (W.norm() * start.norm())).item(),
             (squares[:len(squares) // 4].sum() / squares.sum()).item())

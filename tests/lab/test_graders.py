@@ -9,7 +9,7 @@ import torch
 
 import answers
 from svmini import METHODS, ViT, ViTConfig, adapt
-from svmini.command_line import method_word
+from svmini.cli import method_spec
 from svmini.model_file import load_base, save_model
 
 LAB = Path(__file__).parents[2] / "docs" / "lab"
@@ -54,9 +54,9 @@ WRONG = {
     "caught": [lambda place: {"finite differences", "closed form"}, lambda place: {"two roads", "finite differences"}],
     "train_both": [lambda *a: answers.train_both(*a, weight_decay=0.1), lambda *a: answers.train_both(*a)[::-1],
                    lambda *a: answers.train_both(*a[:3], 19, a[4])],
-    "how_learned": [lambda W, start: (abs(answers.how_learned(W, start)[0]), answers.how_learned(W, start)[1]),
-                    lambda W, start: (1.0, answers.how_learned(W, start)[1]),
-                    lambda W, start: (answers.how_learned(W, start)[0], answers.how_learned(start, W)[1])],
+    "weight_stats": [lambda W, start: (abs(answers.weight_stats(W, start)[0]), answers.weight_stats(W, start)[1]),
+                    lambda W, start: (1.0, answers.weight_stats(W, start)[1]),
+                    lambda W, start: (answers.weight_stats(W, start)[0], answers.weight_stats(start, W)[1])],
     "band_share": [lambda W0, W, d: answers.band_share(W, W0, d), lambda W0, W, d: answers.band_share(W0, W, d + 1),
                    lambda W0, W, d: answers.band_share(W0, W, d) / answers.band_share(W0, W, 99)],   # of C, not of ΔW
     "rank_k_and_rank_1": [lambda D, k: answers.rank_k_and_rank_1(D, k)[::-1], lambda D, k: (torch.eye(D),) * 2],
@@ -155,11 +155,11 @@ def test_truncate_keeps_the_first_singular_values(tmp_path):
 def test_the_commands_of_lab_md(monkeypatch):
     monkeypatch.setitem(METHODS, "columns", answers.Columns)
     text = (LAB.parent / "lab.md").read_text(encoding="utf-8")
-    words = re.findall(r"(?:svft|lora|vera|svfit|entries):[\w=,.]+", text)
-    assert len(words) > 25 and all(method_word(word) for word in words)
+    specs = re.findall(r"(?:svft|lora|vera|svfit|entries):[\w=,.]+", text)
+    assert len(specs) > 25 and all(method_spec(spec) for spec in specs)
     monkeypatch.syspath_prepend(str(LAB.parents[1]))
     import train_vit
-    commands = re.findall(r"^python train_vit.py (.*)$", text.replace("\\\n", " ").replace("WORDS", "svfit"), re.M)
+    commands = re.findall(r"^python train_vit.py (.*)$", text.replace("\\\n", " ").replace("SPECS", "svfit"), re.M)
     assert len(commands) == 6
-    for words in map(str.split, commands):
-        train_vit.pretraining_flags(words[1:]) if words[0] == "pretrain" else train_vit.adapting_flags(words)
+    for specs in map(str.split, commands):
+        train_vit.pretraining_flags(specs[1:]) if specs[0] == "pretrain" else train_vit.adapting_flags(specs)

@@ -1,10 +1,10 @@
-"""What the tests of the methods share: their words, shapes that fit, and a way to leave the start."""
+"""What the tests of the methods share: their specs, shapes that fit, and a way to leave the start."""
 
 import torch
 import torch.nn as nn
 
 from svmini import METHODS
-from svmini.methods import parse_word
+from svmini.methods import parse_spec
 from svmini.methods.adapter import Adapter
 
 EPS = {torch.float32: 1e-5, torch.float64: 1e-10}   # relative to the largest number
@@ -12,14 +12,14 @@ SHAPES = {"square": (16, 16), "wide": (16, 24), "tall": (24, 16)}
 TOKENS = (3, 20, 200)                               # few and many: test_svd.py shows that they take every path
 
 
-def words():
+def specs():
     """Every case of every method that is registered now, such as "lora:rank=8"."""
     return [f"{name}:{options}" for name, method in METHODS.items()
             for options in (*method.examples, *method.test_options)]
 
 
-def fits(word, shape):
-    method, options, _ = parse_word(word)
+def fits(spec, shape):
+    method, options, _ = parse_spec(spec)
     try:
         METHODS[method].check(*shape, **options)
     except ValueError:
@@ -27,15 +27,15 @@ def fits(word, shape):
     return True
 
 
-def shapes_of(word):
-    """The shapes that a word's options fit, of three: square, wide and tall, and larger ones where these are too small.
-    A word that fits none is an error of this file."""
+def shapes_of(spec):
+    """The shapes that a spec's options fit, of three: square, wide and tall, and larger ones where these are too small.
+    A spec that fits none is an error of this file."""
     for size in (1, 4, 16):
         fitting = [(size * d_out, size * d_in) for d_out, d_in in SHAPES.values()
-                   if fits(word, (size * d_out, size * d_in))]
+                   if fits(spec, (size * d_out, size * d_in))]
         if fitting:
             return fitting
-    raise AssertionError(f"{word} fits no shape: give shapes_of one that it fits")
+    raise AssertionError(f"{spec} fits no shape: give shapes_of one that it fits")
 
 
 def linear(shape="square", dtype=torch.float64, seed=0):
@@ -44,9 +44,9 @@ def linear(shape="square", dtype=torch.float64, seed=0):
     return nn.Linear(d_in, d_out, dtype=dtype)
 
 
-def layer_of(word, shape="square", dtype=torch.float64, moved=True, seed=0):
+def layer_of(spec, shape="square", dtype=torch.float64, moved=True, seed=0):
     """An adapter on linear(shape, dtype, seed), away from its start unless moved=False."""
-    method, options, _ = parse_word(word)
+    method, options, _ = parse_spec(spec)
     layer = METHODS[method](linear(shape, dtype, seed), **options)
     return move(layer) if moved else layer
 

@@ -1,4 +1,4 @@
-"""The contract that every method keeps (methods/adapter.py says it in words), for all its words and shapes."""
+"""The contract that every method keeps (methods/adapter.py says it in specs), for all its specs and shapes."""
 
 import pytest
 import torch
@@ -6,10 +6,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from layers import EPS, SHAPES, TOKENS, assert_close, fits, layer_of, linear, move, noise, shapes_of, tokens, words
+from layers import EPS, SHAPES, TOKENS, assert_close, fits, layer_of, linear, move, noise, shapes_of, tokens, specs
 from svmini import METHODS, adapt, count_trainable, load_adapter, merge, save_adapter
 from svmini.adapting import adapters_of
-from svmini.methods import parse_word
+from svmini.methods import parse_spec
 from svmini.methods.adapter import Adapter
 
 
@@ -32,8 +32,8 @@ class Net(nn.Module):
         return self.head(torch.tanh(self.query(x) + self.value(x) + self.shift))
 
 
-def adapted(word, shape, dtype):
-    method, options, _ = parse_word(word)
+def adapted(spec, shape, dtype):
+    method, options, _ = parse_spec(spec)
     return adapt(Net(*shape, dtype), method, targets=("query", "value"), also_train=("head",), **options)
 
 
@@ -48,20 +48,20 @@ def all_tensors(model):
     return {name: t.detach().clone() for name, t in [*model.named_parameters(), *model.named_buffers()]}
 
 
-# each check: (word, (d_out, d_in), dtype, a folder)
+# each check: (spec, (d_out, d_in), dtype, a folder)
 
-def check_start(word, shape, dtype, folder):
+def check_start(spec, shape, dtype, folder):
     """At the start the adapter is the nn.Linear whose place it takes."""
-    base, layer = linear(shape, dtype), layer_of(word, shape, dtype, moved=False)
+    base, layer = linear(shape, dtype), layer_of(spec, shape, dtype, moved=False)
     assert (layer.out_features, layer.in_features) == shape and torch.equal(layer.bias, base.bias)
     assert_close(layer.weight, base.weight, EPS[dtype])
     x = tokens(5, shape[1], dtype)
     assert_close(layer(x), base(x), EPS[dtype])
 
 
-def check_two_roads(word, shape, dtype, folder):
+def check_two_roads(spec, shape, dtype, folder):
     """weight and forward are one function with one gradient, for few and many tokens, for none, in any layout."""
-    (d_out, d_in), layer = shape, layer_of(word, shape, dtype)
+    (d_out, d_in), layer = shape, layer_of(spec, shape, dtype)
     for T in TOKENS:
         roads = []
         for road in (layer, lambda x: F.linear(x, layer.weight, layer.bias)):
@@ -80,9 +80,9 @@ def check_two_roads(word, shape, dtype, folder):
     assert_close(layer(x), layer(x.contiguous()), EPS[dtype])
 
 
-def check_training(word, shape, dtype, folder):
+def check_training(spec, shape, dtype, folder):
     """A step moves every number of the adapters and the head, in W0's dtype, and nothing of the base."""
-    model = move(adapted(word, shape, dtype))
+    model = move(adapted(spec, shape, dtype))
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {n for n, _ in model.named_parameters() if n.startswith(("query.", "value.", "head."))}
     assert all(p.dtype == dtype for p in model.parameters())
@@ -96,17 +96,17 @@ def check_training(word, shape, dtype, folder):
             assert torch.equal(now, before[name]), f"{name} is of the base and moved"
 
 
-def check_count(word, shape, dtype, folder):
+def check_count(spec, shape, dtype, folder):
     """count is what the modules hold."""
-    model = adapted(word, shape, dtype)
+    model = adapted(spec, shape, dtype)
     expected = sum(type(a).count(*shape, **a.options) for a in adapters_of(model).values())
     head = shape[0] ** 2 + shape[0]
     assert expected > 0 and count_trainable(model) == {"adapter": expected, "head": head, "total": expected + head}
 
 
-def check_merge(word, shape, dtype, folder):
+def check_merge(spec, shape, dtype, folder):
     """A merged model is plain, all of it trainable, and computes what the adapted one computed."""
-    base, model, x = Net(*shape, dtype), move(adapted(word, shape, dtype)), tokens(5, shape[1], dtype)
+    base, model, x = Net(*shape, dtype), move(adapted(spec, shape, dtype)), tokens(5, shape[1], dtype)
     expected = model(x)
     assert (expected - base(x)).norm() > 0.01 * base(x).norm()  # or nothing was there to merge
     assert merge(model) is model and [type(m) for m in model.modules()] == [type(m) for m in base.modules()]
@@ -115,9 +115,9 @@ def check_merge(word, shape, dtype, folder):
     assert_close(model(x), expected, EPS[dtype])
 
 
-def check_files(word, shape, dtype, folder):
+def check_files(spec, shape, dtype, folder):
     """save -> fresh base -> load gives back the model, with torch's global generator in another state."""
-    model, fresh, x = move(adapted(word, shape, dtype)), Net(*shape, dtype), tokens(5, shape[1], dtype)
+    model, fresh, x = move(adapted(spec, shape, dtype)), Net(*shape, dtype), tokens(5, shape[1], dtype)
     save_adapter(model, folder / "adapter.pt")
     torch.manual_seed(12345)
     assert load_adapter(fresh, folder / "adapter.pt") is fresh
@@ -137,9 +137,9 @@ class OnMeta(TorchFunctionMode):
         return out
 
 
-def check_meta(word, shape, dtype, folder):
+def check_meta(spec, shape, dtype, folder):
     """A step without values: where it passes, it waits for no GPU and makes nothing on the CPU."""
-    model = adapted(word, shape, dtype).to("meta")
+    model = adapted(spec, shape, dtype).to("meta")
     x = torch.empty(30, shape[1], dtype=dtype, device="meta")
     with OnMeta():
         model(x)
@@ -147,11 +147,11 @@ def check_meta(word, shape, dtype, folder):
     assert all(p.grad.is_meta for p in model.parameters() if p.requires_grad)
 
 
-def check_autocast(word, shape, dtype, folder):
+def check_autocast(spec, shape, dtype, folder):
     """Autocast rounds the products and nothing else: values and gradients are near, a step keeps float32."""
     if dtype == torch.float64:
         return                                                  # which autocast leaves alone
-    layer, results = layer_of(word, shape, dtype), []           # torch has no autocast on the meta device: on the CPU
+    layer, results = layer_of(spec, shape, dtype), []           # torch has no autocast on the meta device: on the CPU
     for rounded in (True, False):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=rounded):
             y = layer(tokens(30, shape[1], dtype))
@@ -168,35 +168,35 @@ CHECKS = (check_start, check_two_roads, check_training, check_count, check_merge
           check_autocast)
 
 
-def run(check, word, folder):
-    for shape in shapes_of(word):
+def run(check, spec, folder):
+    for shape in shapes_of(spec):
         for dtype in EPS:
-            check(word, shape, dtype, folder)
+            check(spec, shape, dtype, folder)
 
 
-@pytest.mark.parametrize("word", words())
+@pytest.mark.parametrize("spec", specs())
 @pytest.mark.parametrize("check", CHECKS)
-def test_contract(check, word, tmp_path):
-    run(check, word, tmp_path)
+def test_contract(check, spec, tmp_path):
+    run(check, spec, tmp_path)
 
 
 def test_no_method_is_missing():
     for name, method in METHODS.items():
         assert method.examples, f"{name} gives no examples: nothing of it would be tested"
         assert method.lr > 0
-    parametrised = [mark.args[1] for mark in test_contract.pytestmark if mark.args[0] == "word"][0]
-    assert parametrised == words() and {parse_word(word)[0] for word in words()} == set(METHODS)
+    parametrised = [mark.args[1] for mark in test_contract.pytestmark if mark.args[0] == "spec"][0]
+    assert parametrised == specs() and {parse_spec(spec)[0] for spec in specs()} == set(METHODS)
 
 
 def test_what_check_refuses_is_refused_by_adapt_which_names_the_layer():
-    refused = [(word, shape) for word in words() for shape in SHAPES.values() if not fits(word, shape)]
+    refused = [(spec, shape) for spec in specs() for shape in SHAPES.values() if not fits(spec, shape)]
     assert ("svft:rank=6,pattern=topk", SHAPES["wide"]) in refused
-    for word, shape in refused:
+    for spec, shape in refused:
         with pytest.raises(ValueError, match="query"):
-            adapted(word, shape, torch.float32)
+            adapted(spec, shape, torch.float32)
 
 
-WRONG = {   # options that are ours to refuse, and a word of the reason
+WRONG = {   # options that are ours to refuse, and a spec of the reason
     "svfit": [("rank=0", "rank"), ("rank=17", "16"), ("rank=2.0", "whole"), ("rank=True", "rank"),
               ("energy=0", "energy"), ("energy=1.1", "energy"), ("energy=x", "energy"), ("rank=2,energy=0.5", "both")],
     "svft": [("pattern=dense", "pattern"), ("off_diagonals=16", "15"), ("off_diagonals=-1", "off_diagonals"),
@@ -209,26 +209,26 @@ WRONG = {   # options that are ours to refuse, and a word of the reason
              ("d_init=x", "d_init")],
     "boft": [("block_size=3", "even"), ("block_size=0", "block_size"), ("block_size=32", "16"),
              ("factors=0", "factors"), ("block_size=4,factors=4", "32")],
-    "entries": [("off_diagonals=16", "15"), ("off_diagonals=-1", "off_diagonals"), ("seed=-1", "seed")],
+    "random_mask": [("off_diagonals=16", "15"), ("off_diagonals=-1", "off_diagonals"), ("seed=-1", "seed")],
 }
 
 
-@pytest.mark.parametrize("word, reason", [(f"{m}:{o}", reason) for m, cases in WRONG.items() for o, reason in cases])
-def test_wrong_options(word, reason):
+@pytest.mark.parametrize("spec, reason", [(f"{m}:{o}", reason) for m, cases in WRONG.items() for o, reason in cases])
+def test_wrong_options(spec, reason):
     """Refused before anything is built, by the class as well as by adapt."""
-    method, options, _ = parse_word(word)
+    method, options, _ = parse_spec(spec)
     for refuse in (lambda: METHODS[method].check(16, 16, **options), lambda: METHODS[method](linear(), **options),
-                   lambda: adapted(word, (16, 16), torch.float32)):
+                   lambda: adapted(spec, (16, 16), torch.float32)):
         with pytest.raises(ValueError, match=reason):
             refuse()
 
 
 def test_ours_store_positions_and_nothing_that_can_be_made_again():
-    for word in words():
-        if parse_word(word)[0] in WRONG:
-            layer = layer_of(word, shapes_of(word)[0])
-            drawn = "pattern=random" in word or "topk" in word or word.startswith("entries")
-            assert set(layer.state_dict()) - dict(layer.named_parameters()).keys() == ({"where"} if drawn else set())
+    for spec in specs():
+        if parse_spec(spec)[0] in WRONG:
+            layer = layer_of(spec, shapes_of(spec)[0])
+            drawn = "pattern=random" in spec or "topk" in spec or spec.startswith("random_mask")
+            assert set(layer.state_dict()) - dict(layer.named_parameters()).keys() == ({"indices"} if drawn else set())
 
 
 def test_a_weight_that_lacks_something_names_it():
@@ -239,7 +239,7 @@ def test_a_weight_that_lacks_something_names_it():
             return self.W0 + self.forgotten
 
     layer = Lacking(linear())
-    layer.keep("W0", linear().weight)
+    layer.register_frozen("W0", linear().weight)
     for use in (lambda: layer.weight, lambda: layer(tokens(3, 16))):
         with pytest.raises(AttributeError, match="forgotten"):
             use()
@@ -261,17 +261,17 @@ def test_trained_numbers_are_not_rounded():
 
 
 def test_full_trains_everything_and_head_the_head_alone(tmp_path):
-    """Two words without an adapter; merging lets go of what was frozen."""
+    """Two specs without an adapter; merging lets go of what was frozen."""
     x, head = tokens(5, 24, torch.float32), 16 * 16 + 16
-    for word in ("full", "head"):
-        model = adapt(Net(16, 24, torch.float32), word, also_train=("head",))
-        total = sum(p.numel() for p in model.parameters()) if word == "full" else head
+    for spec in ("full", "head"):
+        model = adapt(Net(16, 24, torch.float32), spec, also_train=("head",))
+        total = sum(p.numel() for p in model.parameters()) if spec == "full" else head
         assert count_trainable(model) == {"adapter": total - head, "head": head, "total": total}
         before = all_tensors(model)
         step(model, x)
         moved = {name for name, t in all_tensors(model).items() if not torch.equal(t, before[name])}
-        assert moved == {name for name in before if name != "shift" and (word == "full" or name.startswith("head."))}
-        if word == "head":
+        assert moved == {name for name in before if name != "shift" and (spec == "full" or name.startswith("head."))}
+        if spec == "head":
             save_adapter(model, tmp_path / "head.pt")
             assert_close(load_adapter(Net(16, 24, torch.float32), tmp_path / "head.pt")(x), model(x), 0)
         expected = model(x)
@@ -279,9 +279,9 @@ def test_full_trains_everything_and_head_the_head_alone(tmp_path):
 
 
 def test_a_move_is_small_on_the_methods_own_scale():
-    for word in words():
-        for shape in shapes_of(word):
-            layer = layer_of(word, shape, moved=False)
+    for spec in specs():
+        for shape in shapes_of(spec):
+            layer = layer_of(spec, shape, moved=False)
             W0 = layer.weight.detach()
             moved = (move(layer).weight - W0).norm() / W0.norm()
             assert 0.07 < moved <= 0.3 + 1e-6 and len(noise(layer)) == len(list(layer.parameters()))

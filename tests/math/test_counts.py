@@ -10,7 +10,7 @@ import torch
 
 from layers import layer_of
 from svmini import GPT, METHODS, GPTConfig, ViT, ViTConfig, count_trainable
-from svmini.methods import parse_word
+from svmini.methods import parse_spec
 
 
 def table(name):
@@ -34,7 +34,7 @@ def shapes_of(row):
 
 def computed(row):
     options = row["options"].replace("d=", "off_diagonals=").replace("block=", "block_size=").replace(" ", ",")
-    method, options, _ = parse_word(f"{row['method']}:{options}")
+    method, options, _ = parse_spec(f"{row['method']}:{options}")
     return sum(METHODS[method].count(*shape, **options) for shape in shapes_of(row))
 
 
@@ -58,7 +58,7 @@ def test_agrees_is_neither_blind_nor_loose():
 def test_no_row_is_missing():
     follows = [row["follows"] for row in ROWS]
     assert len(follows) == 61 and follows.count("yes") == 57
-    assert sum(word.startswith("no: ") for word in follows) == 4
+    assert sum(spec.startswith("no: ") for spec in follows) == 4
     assert {row["method"] for row in ROWS} == {"svfit", "svft", "lora", "dora", "vera", "boft"}
 
 
@@ -88,21 +88,21 @@ def test_why_four_do_not_follow():
 
 
 # (d_out, d_in), worked out by hand from the formulas: D(2d + 1) - d(d + 1) with D = r for a rank, and so on
-EXACT = [("svft:off_diagonals=0", (16, 64), 16), ("svft:off_diagonals=15", (16, 16), 256),
+TRAINABLE_DTYPES = [("svft:off_diagonals=0", (16, 64), 16), ("svft:off_diagonals=15", (16, 16), 256),
          ("svft:pattern=random,off_diagonals=4", (64, 16), 16 * 9 - 20), ("svft:rank=8,off_diagonals=7", (32, 48), 64),
          ("svft:rank=8,pattern=plain", (32, 48), 8), ("svft:rank=8,off_diagonals=2,basis=random", (32, 48), 8 * 5 - 6),
          ("svft:rank=8,pattern=topk", (16, 16), 8 * 5 - 6), ("svft:rank=8,pattern=random", (16, 64), 8 * 5 - 6),
-         ("entries:off_diagonals=2", (32, 48), 32 * 5 - 6), ("entries:off_diagonals=0", (64, 16), 16),
+         ("random_mask:off_diagonals=2", (32, 48), 32 * 5 - 6), ("random_mask:off_diagonals=0", (64, 16), 16),
          ("svfit:rank=1", (16, 64), 1), ("svfit:", (64, 16), 16), ("lora:rank=16", (16, 64), 16 * 80),
          ("lora:rank=3,init=pissa", (32, 48), 3 * 80), ("dora:rank=16", (32, 48), 16 * 80 + 32),
          ("vera:rank=1", (64, 16), 65), ("vera:rank=256", (16, 64), 272), ("boft:block_size=4,factors=3", (64, 16), 72),
          ("boft:block_size=8,factors=2", (16, 64), 448), ("boft:block_size=16,factors=1", (32, 48), 360)]
 
 
-@pytest.mark.parametrize("word, shape, number", EXACT)
-def test_real_modules(word, shape, number):
-    method, options, _ = parse_word(word)
-    layer = layer_of(word, shape, moved=False)
+@pytest.mark.parametrize("spec, shape, number", TRAINABLE_DTYPES)
+def test_real_modules(spec, shape, number):
+    method, options, _ = parse_spec(spec)
+    layer = layer_of(spec, shape, moved=False)
     assert METHODS[method].count(*shape, **options) == sum(p.numel() for p in layer.parameters()) == number
 
 

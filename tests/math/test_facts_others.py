@@ -159,13 +159,13 @@ def test_boft_rotates_the_transposed_weight(b, m, shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_exactly_k_entries_differ(shape):
     """W = W0 + E, at k distinct places from a seed."""
-    layer, W0 = layer_of("entries:", shape), weight_of(linear(shape))
+    layer, W0 = layer_of("random_mask:", shape), weight_of(linear(shape))
     E = torch.zeros(W0.numel(), dtype=torch.float64)
-    for place, value in zip(layer.where.tolist(), layer.e.detach()):
+    for place, value in zip(layer.indices.tolist(), layer.e.detach()):
         E[place] += value
     k = METHODS["svft"].count(*SHAPES[shape], off_diagonals=2)
-    assert (weight_of(layer) != W0).sum() == len(set(layer.where.tolist())) == len(layer.e) == k == 16 * 5 - 6
+    assert (weight_of(layer) != W0).sum() == len(set(layer.indices.tolist())) == len(layer.e) == k == 16 * 5 - 6
     assert_close(layer.weight, W0 + E.view_as(W0), 0)
-    again, other = layer_of("entries:", shape, seed=4), layer_of("entries:seed=1", shape)
-    assert torch.equal(again.where, layer.where) and not torch.equal(other.where, layer.where)
-    assert layer_of("entries:off_diagonals=15").where.tolist() == list(range(256))
+    again, other = layer_of("random_mask:", shape, seed=4), layer_of("random_mask:seed=1", shape)
+    assert torch.equal(again.indices, layer.indices) and not torch.equal(other.indices, layer.indices)
+    assert layer_of("random_mask:off_diagonals=15").indices.tolist() == list(range(256))

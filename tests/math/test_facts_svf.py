@@ -79,7 +79,7 @@ def test_lemma_c_the_rank_of_an_update_is_at_most_k(shape, k):
     layer = layer_of("svft:pattern=random", shape, moved=False)
     with torch.no_grad():
         layer.M[:k] = torch.randn(k, dtype=torch.float64)
-    rows, columns = layer.where[:k] // 16, layer.where[:k] % 16
+    rows, columns = layer.indices[:k] // 16, layer.indices[:k] % 16
     bound = min(k, len(rows.unique()), len(columns.unique()))
     assert rank_of(weight_of(layer) - W0) <= bound <= min(k, 16)
     diagonal = layer_of("svft:pattern=plain", shape, moved=False)
@@ -118,7 +118,7 @@ def test_m_stands_at_its_positions(rank, shape):
             continue
         options = options.replace("=3", f"={min(3, r - 1)}") + ("" if rank is None else f",rank={rank}")
         layer, M = layer_of(f"svft:{options}", shape), torch.zeros(r, r, dtype=torch.float64)
-        places = [(i, i) for i in range(r)] if "plain" in options else [divmod(n, r) for n in layer.where.tolist()]
+        places = [(i, i) for i in range(r)] if "plain" in options else [divmod(n, r) for n in layer.indices.tolist()]
         for (i, j), value in zip(places, layer.M.detach()):
             M[i, j] = value
         assert_close(layer.weight, W0 + U[:, :r] @ M @ Vt[:r])
@@ -129,7 +129,7 @@ def test_m_stands_at_its_positions(rank, shape):
 def test_random_positions_are_distinct_and_follow_the_seed():
     """Theirs can draw a position twice."""
     def where(options="", shape="square"):
-        return layer_of(f"svft:pattern=random{options}", shape, moved=False).where.tolist()
+        return layer_of(f"svft:pattern=random{options}", shape, moved=False).indices.tolist()
 
     for d in (0, 2, 7, 15):
         for seed in range(5):
@@ -144,7 +144,7 @@ def test_random_positions_are_distinct_and_follow_the_seed():
 def test_topk_takes_the_largest_u_i_t_v_j(seed):
     """Theirs ranks u·v without the transpose."""
     U, S, Vt = (t.tolist() for t in thin_svd(linear(seed=seed).weight))
-    where = layer_of("svft:pattern=topk", moved=False, seed=seed).where.tolist()
+    where = layer_of("svft:pattern=topk", moved=False, seed=seed).indices.tolist()
 
     def largest(score):
         ranked = sorted(range(256), key=lambda n: -score(*divmod(n, 16)))
@@ -177,7 +177,7 @@ def test_random_basis_is_m_between_directions_that_w0_knows_nothing_of(shape):
     layer, W0 = layer_of("svft:basis=random", shape), weight_of(linear(shape))
     for Q in (layer.U, layer.Vt.t()):
         assert_close(Q.t() @ Q, torch.eye(16, dtype=torch.float64))
-    M = torch.zeros(256, dtype=torch.float64).index_put((layer.where,), layer.M.detach()).view(16, 16)
+    M = torch.zeros(256, dtype=torch.float64).index_put((layer.indices,), layer.M.detach()).view(16, 16)
     assert_close(layer.weight, W0 + layer.U @ M @ layer.Vt)
     assert_close(layer_of("svft:basis=random", shape, moved=False).weight, W0, 0)
     same, other = layer_of("svft:basis=random", shape, seed=5), layer_of("svft:basis=random,seed=1", shape)

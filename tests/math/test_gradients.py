@@ -4,17 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from layers import SHAPES, TOKENS, assert_close, layer_of, linear, move, noise, shapes_of, tokens, trained, words
+from layers import SHAPES, TOKENS, assert_close, layer_of, linear, move, noise, shapes_of, tokens, trained, specs
 from svmini import GPT, METHODS, GPTConfig, ViT, ViTConfig, adapt
 from svmini.adapting import adapters_of
-from svmini.methods import parse_word
+from svmini.methods import parse_spec
 from svmini.methods.svd import thin_svd
 
 
-def gradient_words():
-    """Every word, DoRA's with the norm in the backward pass: held constant it is no gradient, by design."""
-    every = [word + ",detach_norm=False" if word.startswith("dora:") and "detach_norm" not in word else word
-             for word in words()]
+def gradient_specs():
+    """Every spec, DoRA's with the norm in the backward pass: held constant it is no gradient, by design."""
+    every = [spec + ",detach_norm=False" if spec.startswith("dora:") and "detach_norm" not in spec else spec
+             for spec in specs()]
     return every + ["boft:block_size=4,factors=1", "svft:off_diagonals=0"]
 
 
@@ -48,10 +48,10 @@ def check_gradient(function, inputs, directions, seed=0, step=3e-4, eps=1e-8):
     assert error <= eps, f"off by {error:.1e} of the gradient's length, {eps:.0e} allowed"
 
 
-def check_layer(word):
+def check_layer(spec):
     """Of each trained tensor alone, of x and of all at once, for few and many tokens; number by number where few."""
-    for shape in shapes_of(word):
-        layer = layer_of(word, shape)
+    for shape in shapes_of(spec):
+        layer = layer_of(spec, shape)
         own, directions = list(layer.parameters()), noise(layer, seed=5)
         check_gradient(lambda: layer.weight, own, directions)
         for T in TOKENS:
@@ -65,9 +65,9 @@ def check_layer(word):
             torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *own), eps=1e-6, atol=1e-7, rtol=1e-5)
 
 
-@pytest.mark.parametrize("word", gradient_words())
-def test_layer(word):
-    check_layer(word)
+@pytest.mark.parametrize("spec", gradient_specs())
+def test_layer(spec):
+    check_layer(spec)
 
 
 def whole_model(kind):
@@ -82,11 +82,11 @@ def whole_model(kind):
     return model.double(), lambda: F.cross_entropy(model(x), torch.arange(3))
 
 
-def check_whole_model(word, kind):
+def check_whole_model(spec, kind):
     """Along one direction of all trained numbers at once; and every adapted layer has a gradient."""
     model, loss = whole_model(kind)
-    method, options, targets = parse_word(word)
-    square = "pattern=topk" in word
+    method, options, targets = parse_spec(spec)
+    square = "pattern=topk" in spec
     adapt(model, method, targets=("query", "key", "value", "out") if square else targets, **options)
     move(model)
     layers = adapters_of(model).values()
@@ -96,17 +96,17 @@ def check_whole_model(word, kind):
     assert all((p.grad != 0).any() for layer in layers for p in layer.parameters())
 
 
-@pytest.mark.parametrize("word", gradient_words() + ["full", "head"])
-def test_vit(word):
-    check_whole_model(word, "vit")
+@pytest.mark.parametrize("spec", gradient_specs() + ["full", "head"])
+def test_vit(spec):
+    check_whole_model(spec, "vit")
 
 
-@pytest.mark.parametrize("word", ["full", "svfit:", "svft:", "lora:", "dora:detach_norm=False", "vera:", "boft:"])
-def test_gpt(word):
-    check_whole_model(word, "gpt")
+@pytest.mark.parametrize("spec", ["full", "svfit:", "svft:", "lora:", "dora:detach_norm=False", "vera:", "boft:"])
+def test_gpt(spec):
+    check_whole_model(spec, "gpt")
 
 
-# ---- closed forms: what ∂L/∂W = G gives for each trained number; layer.where names the places of M and of E ----
+# ---- closed forms: what ∂L/∂W = G gives for each trained number; layer.indices names the places of M and of E ----
 
 def svfit(layer, G):
     """∂L/∂s_i = u_iᵀ G v_i."""
@@ -126,7 +126,7 @@ def svft(layer, G):
         d = layer.options["off_diagonals"]
         where = [(i, j) for i in range(r) for j in range(r) if abs(i - j) <= d]
     else:
-        where = [divmod(n, r) for n in layer.where.tolist()]
+        where = [divmod(n, r) for n in layer.indices.tolist()]
     return {"M": torch.stack([U[:, i] @ G @ Vt[j] for i, j in where])}
 
 
@@ -154,7 +154,7 @@ def vera(layer, G):
 
 def entries(layer, G):
     """∂L/∂E_ij = G_ij."""
-    return {"e": torch.stack([G[divmod(n, G.shape[1])] for n in layer.where.tolist()])}
+    return {"e": torch.stack([G[divmod(n, G.shape[1])] for n in layer.indices.tolist()])}
 
 
 CLOSED = {"svfit:": svfit, "svfit:rank=5": svfit, "svfit:energy=0.9": svfit, "svft:pattern=plain": svft,
@@ -162,18 +162,18 @@ CLOSED = {"svfit:": svfit, "svfit:rank=5": svfit, "svfit:energy=0.9": svfit, "sv
           "svft:rank=5,off_diagonals=1": svft, "svft:rank=5,pattern=plain": svft, "svft:rank=5,pattern=topk": svft,
           "svft:basis=random": svft, "svft:basis=random,rank=5": svft, "lora:rank=3": lora, "lora:rank=3,alpha=7": lora,
           "lora:rank=3,init=pissa": lora, "dora:rank=3": dora, "dora:rank=3,alpha=7": dora, "vera:rank=5": vera,
-          "vera:rank=40,seed=2": vera, "entries:": entries}
+          "vera:rank=40,seed=2": vera, "random_mask:": entries}
 
 
-@pytest.mark.parametrize("word", CLOSED)
-def test_closed_form(word):
-    for shape in shapes_of(word):
-        layer = layer_of(word, shape)
+@pytest.mark.parametrize("spec", CLOSED)
+def test_closed_form(spec):
+    for shape in shapes_of(spec):
+        layer = layer_of(spec, shape)
         for T in TOKENS:
             x, g = tokens(T, shape[1]), tokens(T, shape[0], seed=3)
             layer.zero_grad()
             (layer(x) * g).sum().backward()
-            expected = CLOSED[word](layer, g.t() @ x)               # G = gᵀ x (d_out, d_in), as for a plain layer
+            expected = CLOSED[spec](layer, g.t() @ x)               # G = gᵀ x (d_out, d_in), as for a plain layer
             assert expected.keys() == dict(layer.named_parameters()).keys()
             for name, p in layer.named_parameters():
                 assert_close(p.grad, expected[name])
@@ -218,8 +218,8 @@ WRONG = {"1 % off": lambda y: Times.apply(y, 1.01), "0.01 % off": lambda y: Time
 @pytest.mark.parametrize("method", METHODS)
 def test_the_check_sees_a_wrong_gradient(method, wrong):
     """The same values with a wrong gradient."""
-    word = method + (":detach_norm=False" if method == "dora" else ":")
-    layer, x = layer_of(word, "tall"), tokens(5, 16).requires_grad_()
+    spec = method + (":detach_norm=False" if method == "dora" else ":")
+    layer, x = layer_of(spec, "tall"), tokens(5, 16).requires_grad_()
     inputs, along = [x, *layer.parameters()], [tokens(5, 16, seed=6), *noise(layer, seed=5)]
     assert torch.equal(WRONG[wrong](layer(x)), layer(x))
     check_gradient(lambda: Times.apply(layer(x), 1.0), inputs, along)

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 
 import test_contract
 import test_gradients
-from layers import assert_close, layer_of, linear, words
+from layers import assert_close, layer_of, linear, specs
 from svmini import METHODS
-from svmini.methods.adapter import Adapter, whole
+from svmini.methods.adapter import Adapter, check_int
 from svmini.methods.svd import thin_svd
 
 
@@ -24,9 +24,9 @@ class LoRAXS(Adapter):
     def __init__(self, linear, *, rank=8):
         super().__init__(linear, rank=rank)
         U, S, Vt = thin_svd(linear.weight)
-        self.keep("W0", linear.weight)
-        self.keep("U", U[:, :rank])
-        self.keep("Vt", Vt[:rank])
+        self.register_frozen("W0", linear.weight)
+        self.register_frozen("U", U[:, :rank])
+        self.register_frozen("Vt", Vt[:rank])
         self.R = nn.Parameter(S.new_zeros(rank, rank))
 
     @property
@@ -42,7 +42,7 @@ class LoRAXS(Adapter):
 
     @staticmethod
     def check(d_out, d_in, *, rank=8):
-        whole("rank", rank, 1, min(d_out, d_in))
+        check_int("rank", rank, 1, min(d_out, d_in))
 
 
 class Rows(Adapter):
@@ -76,13 +76,13 @@ def fourierft():
 @pytest.mark.parametrize("new", (lambda: LoRAXS, lambda: Rows, fourierft), ids=("loraxs", "rows", "fourierft"))
 def test_a_method_that_is_dropped_in_passes(new, monkeypatch, tmp_path):
     monkeypatch.setitem(METHODS, "new", new())
-    own = [word for word in words() if word.startswith("new:")]
+    own = [spec for spec in specs() if spec.startswith("new:")]
     assert own
-    for word in own:
+    for spec in own:
         for check in test_contract.CHECKS:
-            test_contract.run(check, word, tmp_path)
-        test_gradients.check_layer(word)
-        test_gradients.check_whole_model(word, "vit")
+            test_contract.run(check, spec, tmp_path)
+        test_gradients.check_layer(spec)
+        test_gradients.check_whole_model(spec, "vit")
 
 
 def test_fourierft_is_its_equation(monkeypatch):
@@ -91,7 +91,7 @@ def test_fourierft_is_its_equation(monkeypatch):
     layer = layer_of("new:n=5,seed=3", "wide")
     p, q = torch.arange(16.0, dtype=torch.float64)[:, None], torch.arange(24.0, dtype=torch.float64)
     expected = linear("wide").weight.detach().clone()
-    for c, n in zip(layer.c.detach(), layer.where.tolist()):
+    for c, n in zip(layer.c.detach(), layer.indices.tolist()):
         expected += 300 / (16 * 24) * c * torch.cos(2 * torch.pi * (p * (n // 24) / 16 + q * (n % 24) / 24))
     assert_close(layer.weight, expected, 1e-10)
 

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import svmini.methods.svd
-from layers import SHAPES, TOKENS, assert_close, layer_of, linear, shapes_of, tokens, words
+from layers import SHAPES, TOKENS, assert_close, layer_of, linear, shapes_of, tokens, specs
 from svmini import METHODS, adapt
-from svmini.methods import parse_word
-from svmini.methods.svd import apply_beside, apply_factors, forget, thin_svd
+from svmini.methods import parse_spec
+from svmini.methods.svd import apply_beside, apply_factors, clear_svd_cache, thin_svd
 
 
 @pytest.mark.parametrize("dtype, eps", [(torch.float32, 3e-6), (torch.float64, 3e-13)], ids=str)
@@ -29,7 +29,7 @@ def test_thin_svd(shape, dtype, eps):
 
 @pytest.mark.parametrize("flip", (-1.0, 1.0))
 def test_signs_do_not_depend_on_what_lapack_returns(flip, monkeypatch):
-    """Another machine's library may return any of the signs."""
+    """Another device_config's library may return any of the signs."""
     W, svd = linear("tall").weight, torch.linalg.svd
     expected = thin_svd(W)
 
@@ -51,10 +51,10 @@ def test_a_weight_is_decomposed_once_and_after_that_not_again(monkeypatch):
     first = thin_svd(base.weight)
     for again in (thin_svd(base.weight), thin_svd(base.weight.detach().clone())):
         assert all(torch.equal(a, b) for a, b in zip(first, again))
-    for word in ("svfit:", "svfit:energy=0.9", "svft:", "svft:rank=3,off_diagonals=1", "lora:init=pissa"):
-        layer_of(word, "wide")
+    for spec in ("svfit:", "svfit:energy=0.9", "svft:", "svft:rank=3,off_diagonals=1", "lora:init=pissa"):
+        layer_of(spec, "wide")
     assert len(calls) == 1
-    forget()                                                # as in another process
+    clear_svd_cache()                                                # as in another process
     assert all(torch.equal(a, b) for a, b in zip(first, thin_svd(base.weight))) and len(calls) == 2
     assert thin_svd(base.weight.float())[0].dtype == torch.float32 and len(calls) == 3
     thin_svd(base.weight.view(24, 16))                      # the same bytes in another shape
@@ -66,8 +66,8 @@ def test_a_weight_is_decomposed_once_and_after_that_not_again(monkeypatch):
 
 def test_what_is_trained_does_not_leak_into_the_cache():
     before = [t.clone() for t in thin_svd(linear().weight)]
-    for word in ("svfit:", "svfit:rank=4", "svft:", "svft:rank=16", "lora:init=pissa,rank=4"):
-        layer = layer_of(word)
+    for spec in ("svfit:", "svfit:rank=4", "svft:", "svft:rank=16", "lora:init=pissa,rank=4"):
+        layer = layer_of(spec)
         layer(tokens(3, 16)).sum().backward()
         torch.optim.SGD(layer.parameters(), lr=1.0).step()
     assert all(torch.equal(a, b) for a, b in zip(before, thin_svd(linear().weight)))
@@ -146,11 +146,11 @@ def test_neither_order_is_cheaper_than_apply_beside(rank, kind, shape):
 
 @pytest.mark.parametrize("mode", (lambda: torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode),
                          ids=("autocast", "inference_mode"))
-@pytest.mark.parametrize("word", ("lora:rank=4,init=pissa", "svfit:", "svft:", "svft:basis=random", "dora:", "vera:"))
-def test_what_is_built_in_a_mode_starts_exactly_and_can_be_trained(word, mode):
+@pytest.mark.parametrize("spec", ("lora:rank=4,init=pissa", "svfit:", "svft:", "svft:basis=random", "dora:", "vera:"))
+def test_what_is_built_in_a_mode_starts_exactly_and_can_be_trained(spec, mode):
     """PiSSA's start was off by 6e-3 in bf16, and factors that inference mode had made could not be trained with."""
-    method, options, _ = parse_word(word)
-    forget()
+    method, options, _ = parse_spec(spec)
+    clear_svd_cache()
     svmini.methods.svft.orthonormal.cache_clear()
     svmini.methods.vera.uniform.cache_clear()
     model, tall = nn.ModuleDict({"query": linear(dtype=torch.float32)}), linear("tall")
@@ -158,22 +158,22 @@ def test_what_is_built_in_a_mode_starts_exactly_and_can_be_trained(word, mode):
         layer = adapt(model, method, targets=("query",), **options).query
         METHODS[method](tall, **options)
     assert_close(layer.weight, linear(dtype=torch.float32).weight, 1e-6)
-    for later in (layer, layer_of(word, "tall")):           # another layer, by what the mode left in the caches
+    for later in (layer, layer_of(spec, "tall")):           # another layer, by what the mode left in the caches
         later(tokens(5, 16).to(later.bias.dtype).requires_grad_()).sum().backward()
         torch.optim.SGD(later.parameters(), lr=0.1).step()
 
 
-@pytest.mark.parametrize("word", words())
-def test_what_is_drawn_follows_the_cpu_and_its_own_dtype(word):
+@pytest.mark.parametrize("spec", specs())
+def test_what_is_drawn_follows_the_cpu_and_its_own_dtype(spec):
     """Whatever the default device and dtype say."""
-    method, options, _ = parse_word(word)
-    for shape in shapes_of(word)[:2]:
+    method, options, _ = parse_spec(spec)
+    for shape in shapes_of(spec)[:2]:
         base, x = linear(shape, torch.float32), tokens(5, shape[1], torch.float32)
 
         def made():
             svmini.methods.svft.orthonormal.cache_clear()
             svmini.methods.vera.uniform.cache_clear()
-            forget()
+            clear_svd_cache()
             torch.manual_seed(3)
             layer = METHODS[method](base, **options)
             return [*layer.parameters(), *layer.buffers(), layer.weight, layer(x)]

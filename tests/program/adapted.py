@@ -9,12 +9,12 @@ import torch
 import torch.nn as nn
 
 from svmini import GPT, METHODS, GPTConfig, ViT, ViTConfig, adapt
-from svmini.methods import parse_word
+from svmini.methods import parse_spec
 
 OURS = ("query", "value")
 FIRST = {"lora": "lora:rank=2", "dora": "dora:rank=2", "vera": "vera:rank=4"}   # whose default rank is large for 16x16
-ONE_EACH = [FIRST.get(method, method) for method in METHODS]      # a word of every method
-WORDS = [f"{name}:{options.partition('@')[0]}" for name, method in METHODS.items()
+ONE_EACH = [FIRST.get(method, method) for method in METHODS]      # a spec of every method
+SPECS = [f"{name}:{options.partition('@')[0]}" for name, method in METHODS.items()
          for options in (*method.examples, *method.test_options)]   # and all that its shared tests try
 
 
@@ -45,14 +45,14 @@ def vit():
     return ViT(ViTConfig(image_size=8, patch_size=4, in_channels=3, num_classes=4, n_layer=2, n_head=2, d_model=16))
 
 
-def fit(word, model, targets=OURS, **more):
-    """The model, adapted by a word such as "svft:pattern=topk"."""
-    method, options, _ = parse_word(word)
+def fit(spec, model, targets=OURS, **more):
+    """The model, adapted by a spec such as "svft:pattern=topk"."""
+    method, options, _ = parse_spec(spec)
     return adapt(model, method, targets=targets, **more, **options)
 
 
-def fits(word, d_out, d_in):
-    method, options, _ = parse_word(word)
+def fits(spec, d_out, d_in):
+    method, options, _ = parse_spec(spec)
     try:
         METHODS[method].check(d_out, d_in, **options)
     except ValueError:
@@ -105,8 +105,8 @@ def same(a, b):
 
 
 @contextmanager
-def refused(model, error, *words):
-    """The block must raise `error` in one sentence that has all `words`, and leave the model as it was."""
+def refused(model, error, *specs):
+    """The block must raise `error` in one sentence that has all `specs`, and leave the model as it was."""
     def picture():
         return ([(name, type(part), part.training) for name, part in model.named_modules()],
                 [(name, id(p), p.requires_grad) for name, p in model.named_parameters()],
@@ -117,6 +117,6 @@ def refused(model, error, *words):
         yield
     message = str(caught.value)
     assert type(caught.value) is error and message and "\n" not in message
-    for word in words:
-        assert word in message, f"{word!r} is not in {message!r}"
+    for spec in specs:
+        assert spec in message, f"{spec!r} is not in {message!r}"
     assert picture() == seen and same(all_tensors(model), before)

@@ -10,7 +10,7 @@ import pytest
 import train_gpt
 import train_vit
 from svmini.data import glyphs, text
-from svmini.data.questions import Arithmetic
+from svmini.data.arithmetic import Arithmetic
 from toy import timeless
 
 SIZES = {"n_layer": 1, "n_head": 2, "d_model": 16}

@@ -27,16 +27,16 @@ def compiled(model):
     return torch.compile(model, backend="eager")
 
 
-# ---------------------------------------------------------------- words and options
+# ---------------------------------------------------------------- specs and options
 
 
-@pytest.mark.parametrize("method, options, words", [
+@pytest.mark.parametrize("method, options, specs", [
     ("svtf", {}, ("'svtf'", "'svft'", *METHODS, "full", "head")), ("fulll", {}, ("'full'",)),
     ("lora", {"rnak": 3}, ("'rnak'", "did you mean 'rank'", "alpha", "init")),
     ("full", {"rank": 3}, ("takes no options",))])
-def test_an_unknown_method_or_option(method, options, words):
+def test_an_unknown_method_or_option(method, options, specs):
     model = Net()
-    with refused(model, InputError, method, *words):
+    with refused(model, InputError, method, *specs):
         adapt(model, method, targets=OURS, **options)
 
 
@@ -62,13 +62,13 @@ def test_a_row_of_zeros_names_the_layer():
 # ---------------------------------------------------------------- targets
 
 
-@pytest.mark.parametrize("targets, word", [
+@pytest.mark.parametrize("targets, spec", [
     (["nothing"], "'nothing'"), (["nothing", "query"], "'nothing'"), (["query", "valeu"], "did you mean 'value'"),
     (["query", "uery"], "'uery'"), (["query."], "'query.'"), ([".query"], "'.query'")])
-def test_a_target_that_matches_nothing(targets, word):
+def test_a_target_that_matches_nothing(targets, spec):
     """Also where another one in the list does match."""
     model = Net()
-    with refused(model, InputError, "targets can be: query, value", word):
+    with refused(model, InputError, "targets can be: query, value", spec):
         adapt(model, "svft", targets=targets)
 
 
@@ -150,7 +150,7 @@ def half_finite():
     return layer
 
 
-@pytest.mark.parametrize("layer, words", [
+@pytest.mark.parametrize("layer, specs", [
     (Conv1D, ("Conv1D", "GPT.from_gpt2(model.state_dict())")),
     (lambda: Twice(16, 16), ("no plain nn.Linear but Twice",)), (lambda: nn.LayerNorm(16), ("but LayerNorm",)),
     (lambda: chain(lin()), ("but Sequential",)), (lambda: compiled(lin()), ("no plain nn.Linear but",)),
@@ -158,10 +158,10 @@ def half_finite():
     (lambda: with_hook("forward_hook"), ("hooks", "remove them first")),
     (lambda: with_hook("full_backward_hook"), ("hooks",)),
     (lambda: lin(dtype=torch.bfloat16), ("torch.bfloat16", "float32", "autocast")), (half_finite, ("not finite",))])
-def test_a_layer_that_cannot_be_adapted(layer, words):
+def test_a_layer_that_cannot_be_adapted(layer, specs):
     """In one sentence that names it, and says which could be; the model is as it was."""
     model = chain(good=lin(), bad=layer())
-    with refused(model, InputError, "bad ", "; targets can be: good", *words):
+    with refused(model, InputError, "bad ", "; targets can be: good", *specs):
         adapt(model, "svft", targets=("good", "bad"))
 
 
@@ -288,8 +288,8 @@ class Default64:
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("word", [*ONE_EACH, "lora:rank=2,init=pissa", "svft:pattern=random"])
-def test_modes_and_defaults_around_it_change_nothing(word, tmp_path):
+@pytest.mark.parametrize("spec", [*ONE_EACH, "lora:rank=2,init=pissa", "svft:pattern=random"])
+def test_modes_and_defaults_around_it_change_nothing(spec, tmp_path):
     """No autocast rounds what adapt, merge, save and load compute, what they make can be trained, also where it was
     made in inference mode, and draws follow the CPU and the weight's dtype, not the defaults."""
     def run(mode, path):
@@ -299,9 +299,9 @@ def test_modes_and_defaults_around_it_change_nothing(word, tmp_path):
             return train(model, lambda m: m(x).square().sum())
 
         torch.manual_seed(3)
-        svmini.methods.svd.forget()
+        svmini.methods.svd.clear_svd_cache()
         with mode:
-            out.append(all_tensors(fit(word, made[0])))
+            out.append(all_tensors(fit(spec, made[0])))
         steps(made[0])
         with mode:
             save_adapter(made[0], path)

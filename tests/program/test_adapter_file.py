@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
-from adapted import ONE_EACH, OURS, WORDS, Net, assert_close, fit, fits, gpt, move, numbers, refused, train
+from adapted import ONE_EACH, OURS, SPECS, Net, assert_close, fit, fits, gpt, move, numbers, refused, train
 
 import svmini.methods.svd
 from svmini import GPT, GPTConfig, adapt, count_trainable, files, load_adapter, merge, save_adapter
 from svmini.errors import InputError
 
-SQUARE = [word for word in WORDS if fits(word, 16, 16)]
+SQUARE = [spec for spec in SPECS if fits(spec, 16, 16)]
 
 
-def trained(word="svft", base=None, **more):
-    return move(fit(word, base or Net(), **more))
+def trained(spec="svft", base=None, **more):
+    return move(fit(spec, base or Net(), **more))
 
 
 @pytest.fixture
@@ -40,13 +40,13 @@ def rewrite(path, change):
 # ---------------------------------------------------------------- it gives back the model
 
 
-@pytest.mark.parametrize("word", ONE_EACH)
-def test_it_gives_back_the_model(word, path, tmp_path):
+@pytest.mark.parametrize("spec", ONE_EACH)
+def test_it_gives_back_the_model(spec, path, tmp_path):
     """On bases of either precision with the same weights, in another mode; saved again it is the same file."""
-    model, x = trained(word), numbers(40, 16)
+    model, x = trained(spec), numbers(40, 16)
     save_adapter(model, path, {"data": "glyphs B", "classes": [1, 2]})
-    assert files.load(path, "adapter")["about"] == {"data": "glyphs B", "classes": [1, 2]}
-    svmini.methods.svd.forget()
+    assert files.load(path, "adapter")["metadata"] == {"data": "glyphs B", "classes": [1, 2]}
+    svmini.methods.svd.clear_svd_cache()
     for dtype in (torch.float32, torch.float64):
         fresh = Net().to(dtype).eval()                      # the same float32 numbers, exactly, in float64
         assert load_adapter(fresh, str(path)) is fresh
@@ -75,7 +75,7 @@ torch.save(out, folder + "/out.pt")
 
 
 def test_another_process_with_other_threads_gives_the_same_outputs(tmp_path):
-    models, here = [trained(word) for word in SQUARE], Path(__file__).parent
+    models, here = [trained(spec) for spec in SQUARE], Path(__file__).parent
     for n, model in enumerate(models):
         save_adapter(model, tmp_path / f"{n}.pt")
     subprocess.run([sys.executable, "-c", IN_ANOTHER_PROCESS, str(tmp_path), str(here.parent.parent), str(here),
@@ -159,26 +159,26 @@ def change(model, name):
     return model
 
 
-@pytest.mark.parametrize("damage, words", [
+@pytest.mark.parametrize("damage, specs", [
     (lambda m: change(m, "norm.weight"), ("norm.weight", "'norm' in also_train")),
     (lambda m: change(m, "shift"), ("shift",)), (lambda m: change(m, "query.bias"), ("query.bias",)),
     (lambda m: setattr(m, "extra", nn.Linear(2, 2).requires_grad_(False)), ("extra.weight",)),
     (lambda m: m.query.M.data.fill_(float("nan")), ("query.M", "not finite", "diverged")),
     (lambda m: m.head.bias.data.fill_(float("inf")), ("head.bias", "not finite", "diverged"))])
-def test_what_a_file_would_not_hold_is_not_saved_in_silence(damage, words, path):
+def test_what_a_file_would_not_hold_is_not_saved_in_silence(damage, specs, path):
     model = trained()
     damage(model)
-    with refused(model, InputError, *words):
+    with refused(model, InputError, *specs):
         save_adapter(model, path)
     assert not path.exists()
 
 
 def test_what_no_file_could_hold_is_not_written(path):
-    for model, about, word in ((trained(), {"file": Path("x")}, "plain values"), (trained(), [1], "dict as about"),
+    for model, metadata, spec in ((trained(), {"file": Path("x")}, "plain values"), (trained(), [1], "dict as metadata"),
                                (adapt(Net(), "full"), None, "save the model itself"),
                                (merge(trained()), None, "not adapted")):
-        with refused(model, InputError, word):
-            save_adapter(model, path, about)
+        with refused(model, InputError, spec):
+            save_adapter(model, path, metadata)
     assert not list(path.parent.iterdir())
 
 
@@ -210,8 +210,8 @@ def test_a_base_that_cannot_be_adapted_is_refused(path):
     save_adapter(trained(), path)
     lower, hooked = Net().bfloat16(), Net()
     hooked.value.register_forward_hook(lambda *parts: None)
-    for model, words in ((lower, ("bfloat16", "float32")), (hooked, ("value", "hooks"))):
-        with refused(model, InputError, str(path), *words):
+    for model, specs in ((lower, ("bfloat16", "float32")), (hooked, ("value", "hooks"))):
+        with refused(model, InputError, str(path), *specs):
             load_adapter(model, path)
 
 
@@ -260,7 +260,7 @@ EDITS = {   # by hand, with torch.load and torch.save: the checksum is not that 
     "a sign of M": lambda c: c["layers"]["value"]["state"]["M"][2:3].neg_(),
     "the head": lambda c: c["trained"]["head.weight"].view(-1)[:1].add_(1e-6),
     "nan in the head": lambda c: c["trained"]["head.weight"].fill_(float("nan")),
-    "an option": lambda c: c["layers"]["value"]["options"].update(seed=1), "about": replace("about", "data", by="B"),
+    "an option": lambda c: c["layers"]["value"]["options"].update(seed=1), "metadata": replace("metadata", "data", by="B"),
     "a layer less": lambda c: c["layers"].pop("value"), "the base": replace("base", by="0" * 64)}
 
 
@@ -311,7 +311,7 @@ def test_a_malformed_file_is_refused(change, path):
 
 
 def with_factors(monkeypatch, change):
-    """Let thin_svd return other factors of the same weights, as another machine might."""
+    """Let thin_svd return other factors of the same weights, as another device_config might."""
     base, known = Net(), {}
     monkeypatch.setattr(svmini.methods.svd, "_known", known)
     for name in OURS:
@@ -331,13 +331,13 @@ def flip_pair(U, S, Vt):
     return U, S, Vt
 
 
-@pytest.mark.parametrize("change, words", [
-    (flip_u, [word for word in SQUARE if word.startswith("svf") and "basis" not in word]),
+@pytest.mark.parametrize("change, specs", [
+    (flip_u, [spec for spec in SQUARE if spec.startswith("svf") and "basis" not in spec]),
     (flip_pair, ["svft:off_diagonals=2", "svft:pattern=random", "svft:pattern=topk"])])
-def test_other_factors_of_the_same_base_are_refused(change, words, path, monkeypatch):
+def test_other_factors_of_the_same_base_are_refused(change, specs, path, monkeypatch):
     """Flipped vectors; and another valid decomposition, where M is not diagonal and would mean another matrix."""
-    for word in words:
-        save_adapter(trained(word), path)
+    for spec in specs:
+        save_adapter(trained(spec), path)
         load_adapter(Net(), path)
         with monkeypatch.context() as patch:
             with_factors(patch, change)

@@ -1,4 +1,4 @@
-"""What a run starts from and on what, by its flags: a base pretrained here or elsewhere, data, seeds, settings."""
+"""What a run starts from and on what, by its flags: a base pretrained here or elsewhere, data, seeds, train_config."""
 
 import hashlib
 
@@ -7,10 +7,10 @@ import torch
 
 import train_gpt
 import train_vit
-from fake_sets import build, build_tree
+from fake_datasets import build, build_tree
 from little import PROSE, call, little, read, rows   # noqa: F401  little is a fixture
 from svmini import GPT, GPTConfig, ViT, ViTConfig, model_file
-from svmini.data import picture_sets
+from svmini.data import image_datasets
 from svmini.model_file import load_model, save_model
 from svmini.training import compare
 
@@ -24,21 +24,21 @@ def test_pretrain_trains_on_what_the_words_say(little, tmp_path):
             (train_gpt, "arithmetic", "arithmetic +", {"vocab_size": 13, "block_size": 12}),
             (train_vit, "glyphs", "glyphs A", {"image_size": 24, "patch_size": 6, "num_classes": 34})):
         out = tmp_path / name.replace("/", "_")
-        argv = [script, "pretrain", "--data", data, *small, *(["--context", 20] if data == prose else []), "--out", out]
+        argv = [script, "pretrain", "--data", data, *small, *(["--block-size", 20] if data == prose else []), "--out", out]
         assert f"pretraining on {name}," in call(*argv) and not (out / "results.json").exists()
-        model, about = load_model(out / "pretrain" / "model.pt", ViT if script is train_vit else GPT)
-        assert about["data"].startswith(name) and about["conditions"]["data"] == name
+        model, metadata = load_model(out / "pretrain" / "model.pt", ViT if script is train_vit else GPT)
+        assert metadata["data"].startswith(name) and metadata["run_config"]["data"] == name
         shape = model.config.n_layer, model.config.n_head, model.config.d_model
-        assert shape == (2, 2, 16) and sizes.items() <= vars(model.config).items() and about["conditions"]["steps"] == 3
-        assert data != prose or about["conditions"]["sha256"] == hashlib.sha256(PROSE.encode()).hexdigest()
+        assert shape == (2, 2, 16) and sizes.items() <= vars(model.config).items() and metadata["run_config"]["steps"] == 3
+        assert data != prose or metadata["run_config"]["sha256"] == hashlib.sha256(PROSE.encode()).hexdigest()
         assert "kept from" in call(*argv, "--resume")
         assert "lr was" in call(*argv, "--lr", 0.5, code=2)
         assert "weight_decay was" in call(*argv, "--weight-decay", 0.75, code=2)
     init = tmp_path / prose.replace("/", "_") / "pretrain" / "model.pt"
     argv = [train_gpt, "--init", init, "--data", prose, "--methods", "svfit", "--steps", 2, "--out"]
-    assert "pretraining" not in call(*argv, tmp_path / "b") and read(tmp_path / "b")["context"] == 20
-    call(*argv, tmp_path / "c", "--context", 8)
-    assert read(tmp_path / "c")["context"] == 8 and rows(tmp_path / "c") != rows(tmp_path / "b")
+    assert "pretraining" not in call(*argv, tmp_path / "b") and read(tmp_path / "b")["block_size"] == 20
+    call(*argv, tmp_path / "c", "--block-size", 8)
+    assert read(tmp_path / "c")["block_size"] == 8 and rows(tmp_path / "c") != rows(tmp_path / "b")
 
 
 def test_base_data_names_what_the_base_is_pretrained_on(little, tmp_path, monkeypatch):
@@ -52,12 +52,12 @@ def test_base_data_names_what_the_base_is_pretrained_on(little, tmp_path, monkey
         out = tmp_path / f"{data} {base}"
         printed = call(train_vit, "--data", data, *flags, "--data-dir", tmp_path / "data", "--methods", "head",
                        "--per-class", 5, "--steps", 2, "--out", out)
-        model, about = load_model(out / "pretrain" / "model.pt", ViT)
-        assert f"pretraining on {base}" in printed and about["data"] == base and read(out)["per_class"] == 5
+        model, metadata = load_model(out / "pretrain" / "model.pt", ViT)
+        assert f"pretraining on {base}" in printed and metadata["data"] == base and read(out)["per_class"] == 5
         assert (model.config.image_size, model.config.patch_size, model.config.in_channels) == size
-        real = picture_sets.REAL.get(base)
+        real = image_datasets.REAL.get(base)
         assert (model.config.mean, model.config.std) == ((real.mean, real.std) if real else ((0.5,), (0.5,)))
-        assert rows(out)[0]["head"] == 10 * 17 and (out / "pictures.png").exists() is False, "no adapter to show"
+        assert rows(out)[0]["head_params"] == 10 * 17 and (out / "predictions.png").exists() is False, "no adapter to show"
 
 
 def test_published_weights_take_published_rates_and_resume_keeps_other_heads_apart(tmp_path, monkeypatch):
@@ -69,22 +69,22 @@ def test_published_weights_take_published_rates_and_resume_keeps_other_heads_apa
     argv = [train_gpt, "--init", tmp_path / "raw.pt", "--methods", "svfit", "--steps", 1, "--out", tmp_path]
     assert "give n_head" in call(*argv, code=2)
     call(*argv, "--n-head", 2)
-    assert rows(tmp_path)[1]["lr"] == train_gpt.RATES["published"]["svfit"]
+    assert rows(tmp_path)[1]["lr"] == train_gpt.LEARNING_RATES["published"]["svfit"]
     assert read(tmp_path)["base"] == {"data": "raw", "published": True}
     assert "model.n_head was 2 and is 4" in call(*argv, "--n-head", 4, "--resume", code=2)
 
 
 def test_flags_reach_the_loop(little, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(compare, "train", lambda model, task, s, machine, run, word: seen.append(
-        (s.steps, s.batch_size, s.accumulate, s.lr, s.head_lr, machine.compile, run.save_every, run.eval_every)) or 1.0)
+    monkeypatch.setattr(compare, "train", lambda model, task, s, device_config, run, spec: seen.append(
+        (s.steps, s.batch_size, s.grad_accum_steps, s.lr, s.head_lr, device_config.compile, run.save_every, run.eval_every)) or 1.0)
     torch.manual_seed(0)
     save_model(tmp_path / "base.pt", ViT(ViTConfig(24, 6, 1, 34, 1, 2, 16)), {"data": "glyphs A"})
     argv = [train_vit, "--methods", "svfit", "--init", tmp_path / "base.pt", "--out", tmp_path]
     call(*argv)
-    call(*argv, "--steps", 3, "--batch-size", 5, "--accumulate", 2, "--lr", 0.5, "--head-lr", 0.25, "--compile",
+    call(*argv, "--steps", 3, "--batch-size", 5, "--grad-accum-steps", 2, "--lr", 0.5, "--head-lr", 0.25, "--compile",
          "--save-every", 4, "--eval-every", 6)
-    first = train_vit.RATES["glyphs"]["svfit"], train_vit.ADAPT.head_lr
+    first = train_vit.LEARNING_RATES["glyphs"]["svfit"], train_vit.ADAPT.head_lr
     assert seen == [(8, train_vit.ADAPT.batch_size, 1, *first, False, 0, 0), (3, 5, 2, 0.5, 0.25, True, 4, 6)]
 
 
@@ -106,11 +106,11 @@ def test_every_seed_has_its_own_draw_and_every_method_of_a_seed_the_same(trained
     """Of pictures drawn by class, which are read once a draw, the test pictures once; and of problems."""
     build_tree(tmp_path / "pictures", {"": 15})
     save_model(tmp_path / "base.pt", ViT(ViTConfig(8, 4, 3, 4, 1, 2, 16)), {})
-    reads, read_pictures = [], picture_sets.read
-    monkeypatch.setattr(picture_sets, "read", lambda *a: reads.append(a[-1].split()[-1]) or read_pictures(*a))
+    reads, read_pictures = [], image_datasets.read
+    monkeypatch.setattr(image_datasets, "read", lambda *a: reads.append(a[-1].split()[-1]) or read_pictures(*a))
     pictures = [train_vit, "--init", tmp_path / "base.pt", "--data", f"folder:{tmp_path / 'pictures'}",
                 "--per-class", 4, "--out", tmp_path / "vit"]
-    call(*pictures, "--methods", "head", "svfit", "full", "--seeds", 3, "--no-shake")
+    call(*pictures, "--methods", "head", "svfit", "full", "--seeds", 3, "--no-augment")
     assert reads == ["train", "val", "test"] + ["train", "val"] * 2
     plain = trained[0][1]
     call(train_gpt, "--data", "arithmetic", "--methods", "svfit", "full", "--seeds", 3, "--out", tmp_path / "gpt")
@@ -119,5 +119,5 @@ def test_every_seed_has_its_own_draw_and_every_method_of_a_seed_the_same(trained
         drawn = [{batch for s, batch in part if s == seed} for seed in range(3)]
         assert all(len(batches) == 1 for batches in drawn) and len(set.union(*drawn)) == 3
     call(*pictures, "--methods", "head")
-    assert trained[-1][0] == 0 and trained[-1][1] != plain, "natural pictures are shaken, where nothing is said"
-    assert "shake was False and is True" in call(*pictures, "--methods", "svfit", "--resume", code=2)
+    assert trained[-1][0] == 0 and trained[-1][1] != plain, "natural pictures are augmented, where nothing is said"
+    assert "augment was False and is True" in call(*pictures, "--methods", "svfit", "--resume", code=2)

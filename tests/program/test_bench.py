@@ -8,19 +8,19 @@ import torch
 import torch.nn as nn
 
 from svmini import METHODS, bench
-from svmini.command_line import run
+from svmini.cli import run_command
 from svmini.methods import svd
-from svmini.training.machine import pick_machine
+from svmini.training.device import resolve_device
 
 SMALL = "--layers 1 --batch 2 --tokens 8 --rounds 2 --steps 1 --device cpu".split()
 D, B, T = 128, 2, 16
 N = B * T   # tokens in a batch
 
 
-def make(inference=False, **machine):
+def make(inference=False, **device_config):
     torch.manual_seed(0)
     return bench.Bench(bench.Blocks(1, D, 4, bench.GPT), torch.randn(B, T, D), torch.tensor([0, 1]),
-                       pick_machine("cpu", "float32", **machine), inference)
+                       resolve_device("cpu", "float32", **device_config), inference)
 
 
 def table_of(out):
@@ -30,18 +30,18 @@ def table_of(out):
 
 
 @pytest.mark.parametrize("flags, first, last", [([], ["frozen", "full"], []), (["--inference"], ["base"], ["merged"])])
-def test_a_row_for_every_word(flags, first, last, tmp_path, capsys):
-    assert run(bench.command, [*SMALL, "--json", str(tmp_path / "b.json"), *flags]) == 0
+def test_a_row_for_every_spec(flags, first, last, tmp_path, capsys):
+    assert run_command(bench.command, [*SMALL, "--json", str(tmp_path / "b.json"), *flags]) == 0
     table, content = table_of(capsys.readouterr().out), json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))
     rows = {row["method"]: row for row in content["rows"]}
-    assert list(table) == list(rows) == [*first, *bench.WORDS, *last]
-    for word, row in rows.items():
+    assert list(table) == list(rows) == [*first, *bench.SPECS, *last]
+    for spec, row in rows.items():
         assert len(row["times_ms"]) == 2 and row["ms"] == sum(row["times_ms"]) / 2 > 0
-        assert table[word]["ms/forward" if flags else "ms/step"] == f"{row['ms']:.1f}"
+        assert table[spec]["ms/forward" if flags else "ms/step"] == f"{row['ms']:.1f}"
         for name in first:   # a ratio a round
             assert row[f"x_{name}"] == [t / r for t, r in zip(row["times_ms"], rows[name]["times_ms"])]
         assert row["x_flops"] == row["flops"] / rows[first[-1]]["flops"]
-        assert ("saved MB" in table[word]) == (not flags) and "peak MB" not in table[word]   # this is a CPU
+        assert ("activation MB" in table[spec]) == (not flags) and "peak MB" not in table[spec]   # this is a CPU
     assert table[first[-1]][f"x {first[-1]}"] == "1.00 ± 0.00"
     assert rows["svfit"]["weights_mb"] > rows["lora:rank=8"]["weights_mb"] > rows["head"]["weights_mb"]
 
@@ -54,16 +54,16 @@ def test_rounds_go_forth_and_back_after_a_warm_up():
 
 
 # one block has 12 D² weights; in units of 2 N D² operations: a product of x, of its gradient, of the weight's
-@pytest.mark.parametrize("word, units", [
+@pytest.mark.parametrize("spec, units", [
     ("full", 36), ("frozen", 24),
     ("head", 12),                           # no gradient passes the blocks
     ("svfit", 3 * 3 + 4 + 2 * 10),          # N < 2D: Vᵀ x and U; before query, key, value nothing needs a gradient
     ("lora:rank=8@down", 12 + (2 * 4 + 3 * 1) * 8 / D)])    # A is 4 D wide: x and dA; B: added in place, dB, B's input
-def test_operations_of_a_step(word, units):
+def test_operations_of_a_step(spec, units):
     here = make()
-    found = bench.flops_of(bench.Step(bench.row_model(word, here), here))
-    attention = 4 * N * T * D * {"head": 1, "lora:rank=8@down": 1}.get(word, 3)   # q kᵀ and p v, forward and backward
-    head = 4 * B * D * {"head": 2}.get(word, 3)                                   # its input's gradient, or not
+    found = bench.flops_of(bench.Step(bench.row_model(spec, here), here))
+    attention = 4 * N * T * D * {"head": 1, "lora:rank=8@down": 1}.get(spec, 3)   # q kᵀ and p v, forward and backward
+    head = 4 * B * D * {"head": 2}.get(spec, 3)                                   # its input's gradient, or not
     assert found == round(2 * N * D * D * units) + attention + head
 
 
@@ -120,7 +120,7 @@ def test_a_step_trains_and_a_forward_pass_does_not(inference):
 def test_every_row_pays_for_its_own_svd_and_the_merged_one_is_plain(monkeypatch):
     known, seen, compiled = [], [], []
     real, step = bench.row_model, bench.Step
-    monkeypatch.setattr(bench, "row_model", lambda word, b: known.append(len(svd._known)) or real(word, b))
+    monkeypatch.setattr(bench, "row_model", lambda spec, b: known.append(len(svd._known)) or real(spec, b))
     monkeypatch.setattr(bench, "Step", lambda model, b: seen.append(type(model.blocks[0].mlp.up)) or step(model, b))
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
     bench.measure(make(inference=True, compile=True), ("base",), ["svfit", "svft"], 2, 1)
@@ -129,21 +129,21 @@ def test_every_row_pays_for_its_own_svd_and_the_merged_one_is_plain(monkeypatch)
 
 
 def test_all_finds_a_method_that_is_dropped_in(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "WORDS", ["lora:rank=8"])
-    monkeypatch.setitem(METHODS, "new", METHODS["entries"])
-    assert run(bench.command, [*SMALL, "--methods", "all", "--targets", "query,up"]) == 0
+    monkeypatch.setattr(bench, "SPECS", ["lora:rank=8"])
+    monkeypatch.setitem(METHODS, "new", METHODS["random_mask"])
+    assert run_command(bench.command, [*SMALL, "--methods", "all", "--targets", "query,up"]) == 0
     rows, examples = list(table_of(capsys.readouterr().out)), sum(len(cls.examples) for cls in METHODS.values())
     assert rows[:3] == ["frozen", "full", "lora:rank=8@query,up"] and rows[-1] == "new:off_diagonals=2@query,up"
     assert len(rows) == 2 + examples, "every example is a row, lora:rank=8 once"
 
 
-@pytest.mark.parametrize("argv, words", [
+@pytest.mark.parametrize("argv, specs", [
     ("--model gpt3", ["--model", "gpt2"]), ("--rounds 1", ["--rounds", "of at least 2", "'1'"]),
     ("--no-such-flag", ["--no-such-flag"]), ("--methods svfti", ["svfti", "svfit"]),
     ("--methods svft:pattern=topk", ["topk", "up", "512x128"]), ("--methods merged", ["no method 'merged'"]),
     ("--targets qwery --methods head", ["'qwery'", "query"]), ("--inference --methods head", ["at least one"])])
-def test_bad_flags_are_one_line(argv, words, capsys, monkeypatch):
+def test_bad_flags_are_one_line(argv, specs, capsys, monkeypatch):
     monkeypatch.setattr(bench, "measure", lambda *a: pytest.fail("the work started"))
-    assert run(bench.command, [*SMALL, *argv.split()]) == 2
+    assert run_command(bench.command, [*SMALL, *argv.split()]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and all(word in error for word in words), error
+    assert error.startswith("error: ") and error.count("\n") == 1 and all(spec in error for spec in specs), error

@@ -16,14 +16,14 @@ from svmini.adapting import adapters_of
 from svmini.errors import InputError
 
 
-def go(word, make, loss, outputs, targets, path, eps=1e-5, **more):
+def go(spec, make, loss, outputs, targets, path, eps=1e-5, **more):
     """The whole way of one model. make() -> the model; loss(model) -> scalar; outputs(model) -> tensor. Returns the
     merged model and what it gives."""
     torch.manual_seed(0)
     base = make().eval()
     fresh = copy.deepcopy(base)
     start = quiet(outputs, base)
-    model = fit(word, base, targets, **more)
+    model = fit(spec, base, targets, **more)
     assert model is base and len(adapters_of(model)) == len(model.adaptation["layers"]) > 0
     assert_close(quiet(outputs, model), start, eps)                     # the start is the base
     counts = count_trainable(model)
@@ -65,8 +65,8 @@ def encoder():
 TARGETS = ("out_proj", "linear1", "linear2")
 
 
-@pytest.mark.parametrize("word", ONE_EACH)
-def test_transformer_encoder(word, path):
+@pytest.mark.parametrize("spec", ONE_EACH)
+def test_transformer_encoder(spec, path):
     x, padded = numbers(3, 5, 16), torch.arange(5).expand(3, 5) >= torch.tensor([[5], [3], [4]])
 
     def outputs(model):
@@ -74,7 +74,7 @@ def test_transformer_encoder(word, path):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                                  # nested tensors are a prototype, torch says
-        go(word, encoder, lambda m: m(x).square().mean(), outputs, TARGETS, path)
+        go(spec, encoder, lambda m: m(x).square().mean(), outputs, TARGETS, path)
 
 
 def test_the_fast_path_is_taken_and_is_right(path, monkeypatch):
@@ -95,23 +95,23 @@ def test_the_fast_path_is_taken_and_is_right(path, monkeypatch):
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("word", ONE_EACH)
-def test_out_proj_of_multihead_attention(word, path):
+@pytest.mark.parametrize("spec", ONE_EACH)
+def test_out_proj_of_multihead_attention(spec, path):
     """The attention reads its weight and never calls it: in training and in evaluation."""
     x = numbers(3, 5, 16)
 
     def outputs(model):
         return model[0](x, x, x, need_weights=False)[0]
 
-    go(word, lambda: nn.Sequential(nn.MultiheadAttention(16, 2)), lambda m: outputs(m).square().mean(), outputs,
+    go(spec, lambda: nn.Sequential(nn.MultiheadAttention(16, 2)), lambda m: outputs(m).square().mean(), outputs,
        ("out_proj",), path)
 
 
 # ---------------------------------------------------------------- torchvision
 
 
-@pytest.mark.parametrize("word", ONE_EACH)
-def test_torchvision_vit_with_its_classifier(word, path):
+@pytest.mark.parametrize("spec", ONE_EACH)
+def test_torchvision_vit_with_its_classifier(spec, path):
     from torchvision.models import VisionTransformer
 
     def make():
@@ -120,7 +120,7 @@ def test_torchvision_vit_with_its_classifier(word, path):
         return vit
 
     x, y = numbers(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
-    model, _ = go(word, make, lambda m: F.cross_entropy(m(x), y), lambda m: m(x), ("out_proj", "mlp.0", "mlp.3"), path,
+    model, _ = go(spec, make, lambda m: F.cross_entropy(m(x), y), lambda m: m(x), ("out_proj", "mlp.0", "mlp.3"), path,
                   also_train=("heads",))
     made = make()
     made.load_state_dict(model.state_dict())                             # it is a plain torchvision model again
@@ -181,8 +181,8 @@ def test_hugging_face(name, path, tmp_path):
     def outputs(model):
         return model(**inputs).logits
 
-    for word in ONE_EACH:
-        merged, expected = go(word, lambda: model_class(config), lambda m: m(**inputs).loss, outputs, targets, path,
+    for spec in ONE_EACH:
+        merged, expected = go(spec, lambda: model_class(config), lambda m: m(**inputs).loss, outputs, targets, path,
                               also_train=also_train)
     merged.save_pretrained(tmp_path / "merged")
     assert_close(quiet(outputs, model_class.from_pretrained(tmp_path / "merged").eval()), expected)
@@ -224,6 +224,6 @@ def test_timm_vit(path):
     model = make()
     with refused(model, InputError, "patch_embed.proj", "Conv2d", "qkv, attn.proj, fc1, fc2"):
         adapt(model, "svft", targets=("proj",), also_train=("head",))
-    for word in ONE_EACH:
-        go(word, make, lambda m: F.cross_entropy(m(x), y), lambda m: m(x), ("qkv", "attn.proj", "fc1", "fc2"), path,
+    for spec in ONE_EACH:
+        go(spec, make, lambda m: F.cross_entropy(m(x), y), lambda m: m(x), ("qkv", "attn.proj", "fc1", "fc2"), path,
            also_train=("head",))

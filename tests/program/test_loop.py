@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from svmini import adapt
-from svmini.data import NO_LOSS
+from svmini.data import IGNORE_INDEX
 from svmini.errors import InputError
 from svmini.rng import generator
 from svmini.training import loop
-from svmini.training.loop import Diverged, evaluate, make_optimizer, rate, train
-from svmini.training.machine import pick_machine
-from toy import CPU, Toy, log_of, run, settings, tiny_gpt, tiny_vit, token_loss, walk
+from svmini.training.loop import Diverged, evaluate, make_optimizer, lr_multiplier, train
+from svmini.training.device import resolve_device
+from toy import CPU, Toy, log_of, run, train_config, tiny_gpt, tiny_vit, token_loss, walk
 
 
 def test_the_key_alone_decides_what_is_drawn():
@@ -41,8 +41,8 @@ def test_the_key_alone_decides_what_is_drawn():
     ("constant", [0.5] + 9 * [1]),
 ])
 def test_every_step_has_the_rate_worked_out_by_hand(schedule, expected, monkeypatch):
-    s, used, step = settings(steps=10, lr=0.25, head_lr=0.5, warmup=0.2, schedule=schedule), [], torch.optim.AdamW.step
-    assert [rate(i, s) for i in range(10)] == pytest.approx(expected, abs=1e-12)
+    s, used, step = train_config(steps=10, lr=0.25, head_lr=0.5, warmup_ratio=0.2, schedule=schedule), [], torch.optim.AdamW.step
+    assert [lr_multiplier(i, s) for i in range(10)] == pytest.approx(expected, abs=1e-12)
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: (
         used.append(sorted(g["lr"] for g in self.param_groups)), step(self, *a, **k))[1])
     model, x = adapt(tiny_vit(), "svfit"), torch.randn(4, 1, 4, 4)
@@ -53,38 +53,38 @@ def test_every_step_has_the_rate_worked_out_by_hand(schedule, expected, monkeypa
 
 
 def test_the_log_has_the_rate_of_its_step(tmp_path):
-    train(tiny_gpt(), Toy(), settings(steps=10, warmup=0.2), CPU, run(tmp_path, eval_every=4))
+    train(tiny_gpt(), Toy(), train_config(steps=10, warmup_ratio=0.2), CPU, run(tmp_path, eval_every=4))
     assert [(line["step"], line["lr"]) for line in log_of(tmp_path)] == [
         (4, pytest.approx(0.875e-2)), (8, pytest.approx(0.375e-2)), (10, pytest.approx(0.125e-2))]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_the_shortest_runs_have_a_rate(steps):
-    rates = [rate(i, settings(steps=steps)) for i in range(steps)]
+    rates = [lr_multiplier(i, train_config(steps=steps)) for i in range(steps)]
     assert rates[0] == 1 and all(0 < r <= 1 for r in rates)
 
 
 def test_an_unknown_schedule_is_an_error():
     with pytest.raises(InputError, match="schedule must be one of linear, cosine, constant, not 'cosin'"):
-        settings(schedule="cosin")
+        train_config(schedule="cosin")
 
 
 # ---- the optimizer ----
 
 def test_the_groups_have_their_rate_and_decay():
     model = adapt(tiny_vit(), "lora", rank=2)
-    optimizer = make_optimizer(model, settings(lr=1e-3, head_lr=1e-2, weight_decay=0.1, betas=(0.5, 0.7)))
+    optimizer = make_optimizer(model, train_config(lr=1e-3, head_lr=1e-2, weight_decay=0.1, betas=(0.5, 0.7)))
     found = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
     expected = {id(p): (1e-2 if name.startswith("head") else 1e-3, 0.1 if p.dim() > 1 else 0.0)
                 for name, p in model.named_parameters() if p.requires_grad}
     assert found == expected and len(expected) < len(list(model.parameters()))
     assert {g["betas"] for g in optimizer.param_groups} == {(0.5, 0.7)}
-    optimizer = make_optimizer(model, settings(lr=1e-3))
+    optimizer = make_optimizer(model, train_config(lr=1e-3))
     assert {g["lr"] for g in optimizer.param_groups} == {1e-3}, "without head_lr the head has lr"
-    svft = make_optimizer(adapt(tiny_gpt(), "svft"), settings(weight_decay=0.1))
+    svft = make_optimizer(adapt(tiny_gpt(), "svft"), train_config(weight_decay=0.1))
     assert {g["weight_decay"] for g in svft.param_groups} == {0.0}, "M is a vector"
     with pytest.raises(InputError, match="nothing to train"):
-        make_optimizer(model.requires_grad_(False), settings())
+        make_optimizer(model.requires_grad_(False), train_config())
 
 
 @pytest.fixture
@@ -115,13 +115,13 @@ def test_the_gradient_is_clipped_to_its_norm_after_it_is_unscaled(size, clip, ex
     scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1)
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler)
     model = Plain()
-    train(model, Plain.task(size), settings(steps=1, clip=clip), CPU, run(None))
+    train(model, Plain.task(size), train_config(steps=1, grad_clip=clip), CPU, run(None))
     assert (-model.weight).tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_gradients_do_not_pile_up(descent):
     model = Plain()
-    train(model, Plain.task(1.0), settings(steps=3, clip=100, schedule="constant"), CPU, run(None))
+    train(model, Plain.task(1.0), train_config(steps=3, grad_clip=100, schedule="constant"), CPU, run(None))
     assert model.weight.tolist() == pytest.approx([-9, -12])
 
 
@@ -130,12 +130,12 @@ def test_gradients_do_not_pile_up(descent):
 def some_targets(size, seed, step):
     """The walk with few targets, unequally many a text: 1 of 8 in the first text, 2 in the second, and so on."""
     x, y = walk(size, seed, step)
-    return x, y.masked_fill(torch.arange(8) > torch.arange(size).unsqueeze(1), NO_LOSS)
+    return x, y.masked_fill(torch.arange(8) > torch.arange(size).unsqueeze(1), IGNORE_INDEX)
 
 
 def no_targets_in_front(size, seed, step):
     x, y = walk(size, seed, step)
-    return x, y.masked_fill(torch.arange(size).unsqueeze(1) < 2, NO_LOSS)
+    return x, y.masked_fill(torch.arange(size).unsqueeze(1) < 2, IGNORE_INDEX)
 
 
 def in_parts(parts, batch, loss=token_loss, method=None):
@@ -143,7 +143,7 @@ def in_parts(parts, batch, loss=token_loss, method=None):
     sizes, model = [], tiny_gpt().double()
     model = adapt(model, method) if method else model
     task = Toy(batch=batch, loss=lambda m, x, y: sizes.append(len(x)) or loss(m, x, y))
-    train(model, task, settings(steps=3, batch_size=7, accumulate=parts, warmup=0, lr=1e-3, clip=0.5), CPU, run(None))
+    train(model, task, train_config(steps=3, batch_size=7, grad_accum_steps=parts, warmup_ratio=0, lr=1e-3, grad_clip=0.5), CPU, run(None))
     return torch.cat([p.detach().flatten() for p in model.parameters()]), sizes
 
 
@@ -161,24 +161,24 @@ def test_a_batch_in_parts_makes_the_step_of_the_whole(batch, method, parts, size
 def test_the_share_of_each_part_matters_here():
     """The test above would see parts that all count the same."""
     def equal(model, x, y):   # what train multiplies by is divided out
-        whole = some_targets(7, 0, 0)[1] != NO_LOSS
-        return token_loss(model, x, y) / ((y != NO_LOSS).sum() / whole.sum()) / 2
+        whole = some_targets(7, 0, 0)[1] != IGNORE_INDEX
+        return token_loss(model, x, y) / ((y != IGNORE_INDEX).sum() / whole.sum()) / 2
 
     assert (in_parts(2, some_targets, equal)[0] - in_parts(1, some_targets)[0]).abs().max() > 1e-6
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_steps_train_to_the_same_weights(backend, monkeypatch):
-    """By tracing alone, which takes seconds; the slow one also through the C++ compiler of this machine."""
+    """By tracing alone, which takes seconds; the slow one also through the C++ compiler of this device_config."""
     if backend == "inductor" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
         pytest.skip("there is no C++ compiler")
     start, *models = [adapt(tiny_gpt(), "lora", rank=2) for _ in range(3)]
-    compiled = pick_machine("cpu", compile=True)
+    compiled = resolve_device("cpu", compile=True)
     assert compiled.compile and compiled.reason.endswith(", compiled") and not CPU.compile
     calls, real = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: calls.append(model) or real(model, backend=backend))
-    for model, machine in zip(models, (CPU, compiled)):
-        train(model, Toy(), settings(steps=4), machine, run(None, eval_every=2))
+    for model, device_config in zip(models, (CPU, compiled)):
+        train(model, Toy(), train_config(steps=4), device_config, run(None, eval_every=2))
     assert calls == [models[1]]
     for a, b, before in zip(*(m.parameters() for m in (*models, start)), strict=True):
         assert torch.allclose(a, b, atol=1e-6) and (not a.requires_grad or not torch.equal(a, before))
@@ -196,10 +196,10 @@ def test_divergence_is_said_with_its_step_and_rate_and_nothing_of_it_is_written(
 
     model = tiny_gpt()
     with pytest.raises(Diverged) as caught:
-        train(model, Toy(batch=batch, loss=loss), settings(steps=40, warmup=0), CPU,
+        train(model, Toy(batch=batch, loss=loss), train_config(steps=40, warmup_ratio=0), CPU,
               run(tmp_path, eval_every=1, save_every=1), label="lora:rank=8")
-    for word in ("lora:rank=8", "nan", "step 8", "0.0085", "--lr"):     # 1e-2 * (40 - 7) / 39
-        assert word in str(caught.value), f"{word!r} is not in {str(caught.value)!r}"
+    for spec in ("lora:rank=8", "nan", "step 8", "0.0085", "--lr"):     # 1e-2 * (40 - 7) / 39
+        assert spec in str(caught.value), f"{spec!r} is not in {str(caught.value)!r}"
     kept = torch.load(tmp_path / "last.pt", weights_only=True)["content"]
     assert kept["step"] == 7 and all(t.isfinite().all() for t in kept["model"].values())
     assert len(log_of(tmp_path)) == 7 and "NaN" not in (tmp_path / "metrics.jsonl").read_text()
@@ -208,7 +208,7 @@ def test_divergence_is_said_with_its_step_and_rate_and_nothing_of_it_is_written(
 def test_divergence_is_seen_within_ten_steps_where_nothing_is_written():
     seen = []
     with pytest.raises(Diverged):
-        train(tiny_gpt(), Toy(batch=lambda *key: seen.append(key) or walk(*key)), settings(steps=500, lr=1e30), CPU,
+        train(tiny_gpt(), Toy(batch=lambda *key: seen.append(key) or walk(*key)), train_config(steps=500, lr=1e30), CPU,
               run(None, eval_every=0, save_every=0))
     assert len(seen) == 10
 
@@ -220,7 +220,7 @@ def test_a_finite_loss_whose_step_ruins_the_weights(tmp_path):
 
     task = Toy(loss=loss, evaluate=lambda model, split: {"loss": None, "metric": 3.8})   # an accuracy, of any weights
     with pytest.raises(Diverged):
-        train(tiny_gpt(), task, settings(steps=1, lr=1e-3), CPU, run(tmp_path))
+        train(tiny_gpt(), task, train_config(steps=1, lr=1e-3), CPU, run(tmp_path))
     assert not list(tmp_path.iterdir())
 
 
@@ -241,7 +241,7 @@ def test_evaluation_is_in_eval_mode_under_autocast_and_without_autograd(training
                      torch.is_autocast_enabled("cpu")))
         return {"loss": None, "metric": 1.0}
 
-    half = pick_machine("cpu", "bfloat16")
+    half = resolve_device("cpu", "bfloat16")
     assert evaluate(model, Toy(evaluate=look), "test", half) == {"loss": None, "metric": 1.0}
     assert seen == [("test", False, False, False, True)]
     assert model.training is training and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
@@ -250,26 +250,26 @@ def test_evaluation_is_in_eval_mode_under_autocast_and_without_autograd(training
 def test_training_goes_on_in_training_mode_after_an_evaluation():
     modes, model = [], tiny_gpt(0.5).eval()
     task = Toy(loss=lambda m, x, y: modes.append(m.training) or token_loss(m, x, y))
-    train(model, task, settings(steps=3), CPU, run(None, eval_every=1))
+    train(model, task, train_config(steps=3), CPU, run(None, eval_every=1))
     assert modes == [True] * 3
 
 
 def test_steps_run_in_the_dtype_of_the_machine():
     seen = []
     task = Toy(loss=lambda m, x, y: seen.append(m(x).dtype) or token_loss(m, x, y))
-    train(tiny_gpt(), task, settings(steps=1), pick_machine("cpu", "bfloat16"), run(None))
+    train(tiny_gpt(), task, train_config(steps=1), resolve_device("cpu", "bfloat16"), run(None))
     assert seen == [torch.bfloat16]
 
 
 def test_machine():
     assert CPU.device.type == "cpu" and CPU.dtype == torch.float32 and "asked for" in CPU.reason
-    auto = pick_machine()
+    auto = resolve_device()
     assert auto.device.type == ("cuda" if torch.cuda.is_available() else
                                 "mps" if torch.backends.mps.is_available() else "cpu")
     for name, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
         if not there:
             with pytest.raises(InputError, match=f"device '{name}' is not there: use auto or .*cpu"):
-                pick_machine(name)
+                resolve_device(name)
 
 
 @pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
@@ -277,16 +277,16 @@ def test_a_card_takes_the_half_precision_that_it_can_do(capability, dtype, monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
-    machine = pick_machine()
-    assert machine.device.type == "cuda" and machine.dtype == dtype and "a card" in machine.reason
+    device_config = resolve_device()
+    assert device_config.device.type == "cuda" and device_config.dtype == dtype and "a card" in device_config.reason
 
 
 def test_the_handler_of_before_comes_back_and_threads_can_train():
     before = signal.getsignal(signal.SIGINT)
-    train(tiny_gpt(), Toy(), settings(), CPU, run(None))
+    train(tiny_gpt(), Toy(), train_config(), CPU, run(None))
     assert signal.getsignal(signal.SIGINT) is before
     there = run(None)
-    thread = threading.Thread(target=lambda: train(tiny_gpt(), Toy(), settings(), CPU, there))
+    thread = threading.Thread(target=lambda: train(tiny_gpt(), Toy(), train_config(), CPU, there))
     thread.start()
     thread.join()
     assert [line["step"] for line in there.log] == [3, 6, 9, 12]

@@ -76,7 +76,7 @@ def test_start():
                           (block.mlp.up, wide), (block.mlp.down, wide / 8 ** 0.5)):
             assert part.weight.std().item() == pytest.approx(std, rel=0.1) and not part.bias.any()
     assert model.token_embedding.weight.std().item() == pytest.approx(wide, rel=0.1)
-    assert not perturb(ViT(SMALL_VIT)).new_head(4)(torch.randn(2, 3, 12, 12)).any(), "a fresh head says nothing"
+    assert not perturb(ViT(SMALL_VIT)).reset_classifier(4)(torch.randn(2, 3, 12, 12)).any(), "a fresh head says nothing"
 
 
 def test_the_targets_that_the_models_name_are_their_linear_layers():
@@ -102,10 +102,10 @@ def test_pictures_that_a_vit_expects():
     assert ViTConfig(12, 4, 3, 5, 2, 3, 12).d_mlp == 48 and SMALL_VIT.mean == SMALL_VIT.std == (0.5, 0.5, 0.5)
     given = replace(SMALL_VIT, mean=[0.1, 0.2, 0.3], std=[1, 2, 3])
     model = ViT(given)
-    assert model.new_head(3).new_size(8).config == replace(given, num_classes=3, image_size=8)
+    assert model.reset_classifier(3).set_input_size(8).config == replace(given, num_classes=3, image_size=8)
     assert given.num_classes == 5 and given.image_size == 12, "the caller's configuration is left alone"
     with pytest.raises(InputError, match="image_size=14 is not divisible by patch_size=4: the patches must tile"):
-        model.new_size(14)
+        model.set_input_size(14)
     with pytest.raises(InputError, match="a number each for every one of 3 channels"):
         replace(SMALL_VIT, std=(0.5,) * 4)
 
@@ -123,7 +123,7 @@ def test_wrong_inputs_are_said():
 def test_logits_at_one_position_of_each_row():
     model, x, at = gpt(), tokens(4, 10), torch.tensor([9, 0, 4, 7])
     expected = torch.stack([model(x)[i, t] for i, t in enumerate(at)])
-    assert expected.shape == (4, 31) and (model(x, at=at) - expected).abs().max() < 1e-12
+    assert expected.shape == (4, 31) and (model(x, last_positions=at) - expected).abs().max() < 1e-12
 
 
 def test_greedy_takes_the_likeliest():
@@ -155,6 +155,6 @@ def test_generating_leaves_the_mode_and_the_global_generator_as_they_were(traini
     model.train(training)
     one, same, other = (model.generate(x, 12, temperature=5.0, generator=seeded(s)) for s in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, other), "no dropout meanwhile"
-    assert torch.equal(model.answer(x, 7)[0], model.generate(x, 7, temperature=0)[0, 3:])
+    assert torch.equal(model.generate_greedy(x, 7)[0], model.generate(x, 7, temperature=0)[0, 3:])
     assert all(part.training is training for part in model.modules()) and not one.requires_grad
     assert torch.equal(before, torch.get_rng_state())

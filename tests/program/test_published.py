@@ -149,7 +149,7 @@ def test_new_size_is_torchvisions(old, new):
     copy = {k: v.clone() for k, v in state.items()}
     expected = interpolate_embeddings(new, 4, OrderedDict(copy))
     model = ViT.from_torchvision(state, n_head=3).eval()
-    assert model.new_size(new) is model and model.config == replace(SMALL_VIT, image_size=new, d_mlp=20, **IMAGENET)
+    assert model.set_input_size(new) is model and model.config == replace(SMALL_VIT, image_size=new, d_mlp=20, **IMAGENET)
     got = model.to_torchvision()
     assert got.keys() == expected.keys() and same_tensors(dict(state), copy), "what was given is left alone"
     for k, v in got.items():

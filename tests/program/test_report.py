@@ -9,13 +9,13 @@ import torch
 
 from svmini.training import compare, report
 
-ACCURACY, SHARE = "accuracy (higher is better)", "share of full's gain"
+ACCURACY, SHARE = "accuracy (higher is better)", "gap recovered"
 
 
 def row(method, metric, seed=0, **more):
     """A row as compare makes it, with numbers that are easy to recognise."""
-    return {"method": method, "adapter": 1000, "head": 0, "percent": 12.5, "metric": metric, "metric_name": "accuracy",
-            "higher_is_better": True, "recovered": None, "seconds": 2.0, "ms_per_step": 5.0, "peak_mb": None,
+    return {"method": method, "trainable_params": 1000, "head_params": 0, "trainable_percent": 12.5, "metric": metric, "metric_name": "accuracy",
+            "higher_is_better": True, "gap_recovered": None, "seconds": 2.0, "ms_per_step": 5.0, "peak_mb": None,
             "adapter_bytes": 4_000, "seed": seed, "lr": 1e-3, "sample": ["of it"], **more}
 
 
@@ -35,11 +35,11 @@ def test_means_spreads_and_paired_differences():
     assert table["svfit"]["metrics"] == [82, 85, 88]
     assert table["svfit"]["differences"] == [2, 4, 3], "seed by seed, not difference of sorted values"
     lines = report.table_lines(THREE_SEEDS)
-    svfit, lora, head = (cells(lines, word) for word in ("svfit", "lora:rank=8", "head"))
+    svfit, lora, head = (cells(lines, spec) for spec in ("svfit", "lora:rank=8", "head"))
     assert svfit[ACCURACY] == "85.0 ± 3.0"                                  # mean of 82 85 88, n - 1 below
-    assert svfit["minus lora:rank=8, paired"] == "+3.0 ± 1.0"               # mean of 2 4 3
-    assert head["minus lora:rank=8, paired"] == "-30.0 ± 1.0" and lora["minus lora:rank=8, paired"] == "-"
-    assert svfit["numbers trained"] == "1,000" and svfit["ms/step"] == "5.0"
+    assert svfit["Δ vs lora:rank=8 (paired)"] == "+3.0 ± 1.0"               # mean of 2 4 3
+    assert head["Δ vs lora:rank=8 (paired)"] == "-30.0 ± 1.0" and lora["Δ vs lora:rank=8 (paired)"] == "-"
+    assert svfit["trainable params"] == "1,000" and svfit["ms/step"] == "5.0"
     cost = cells(report.cost_lines(THREE_SEEDS), "svfit")
     assert [cost[c] for c in ("% of base", "lr", "s", "peak MB", "file")] == ["12.50", "0.001", "2.0", "-", "4 kB"]
     assert len({len(line) for line in lines}) == 1 and len(lines) == 6 and len({line.count("|") for line in lines}) == 1
@@ -51,9 +51,9 @@ def test_one_seed_has_no_spread_and_says_so():
     assert "±" not in "".join(lines) and "paired" not in lines[0]
     assert report.notes(rows)[0].startswith("one seed: differences under three points")
     assert "seeds 0, 1, 2" in report.notes(THREE_SEEDS)[0] and "one seed" not in " ".join(report.notes(THREE_SEEDS))
-    rows = [row("start", 4.0, seed=7, adapter=0, adapter_bytes=0, lr=None, ms_per_step=None), row("svfit", 3.0, seed=1)]
+    rows = [row("zero-shot", 4.0, seed=7, trainable_params=0, adapter_bytes=0, lr=None, ms_per_step=None), row("svfit", 3.0, seed=1)]
     assert report.notes(rows)[0].startswith("one seed"), "a start row does not count as a seed"
-    start = cells(report.cost_lines(rows), "start")
+    start = cells(report.cost_lines(rows), "zero-shot")
     assert (start["lr"], start["file"], start["ms/step"]) == ("-", "-", "-")
 
 
@@ -63,15 +63,15 @@ def test_one_seed_has_no_spread_and_says_so():
      {"a": 0.75, "b": 0, "c": 1.25, "d": -0.25})])
 def test_recovered(higher, metrics, shares):
     rows = [row(m, x, higher_is_better=higher) for m, x in metrics.items()]
-    compare.recover(rows)
-    assert {r["method"]: r["recovered"] for r in rows} == pytest.approx({"head": 0, "full": 1, **shares})
+    compare.fill_gap_recovered(rows)
+    assert {r["method"]: r["gap_recovered"] for r in rows} == pytest.approx({"head": 0, "full": 1, **shares})
 
 
 def test_recovered_is_by_seed_and_from_the_start_row_where_there_is_no_head():
     rows = [row(m, x, seed, higher_is_better=False) for m, x, seed in (
-        ("start", 4.0, 0), ("full", 3.0, 0), ("full", 2.0, 1), ("svfit", 3.5, 0), ("svfit", 3.5, 1))]
-    compare.recover(rows)
-    assert [r["recovered"] for r in rows[1:]] == [1, 1, 0.5, 0.25]
+        ("zero-shot", 4.0, 0), ("full", 3.0, 0), ("full", 2.0, 1), ("svfit", 3.5, 0), ("svfit", 3.5, 1))]
+    compare.fill_gap_recovered(rows)
+    assert [r["gap_recovered"] for r in rows[1:]] == [1, 1, 0.5, 0.25]
     assert cells(report.table_lines(rows), "svfit")[SHARE] == "38 ████······"    # mean of 50 and 25: 37.5
 
 
@@ -79,20 +79,20 @@ def test_recovered_is_by_seed_and_from_the_start_row_where_there_is_no_head():
                                      {"head": 50, "full": 40, "svfit": 60}, {"head": 50, "full": None, "svfit": 60}])
 def test_recovered_means_nothing_where_full_gained_nothing(metrics):
     rows = [row(m, x) for m, x in metrics.items()]
-    compare.recover(rows)
-    assert all(r["recovered"] is None for r in rows)
+    compare.fill_gap_recovered(rows)
+    assert all(r["gap_recovered"] is None for r in rows)
     assert cells(report.table_lines(rows), rows[0]["method"])[SHARE] == "-"
 
 
 def test_a_diverged_run_is_no_number():
     failed = row("svfit", None, adapter_bytes=0, ms_per_step=None, failed="svfit: the loss is nan at step 10")
-    rows = [row("lora:rank=8", 80, head=3354), failed]
+    rows = [row("lora:rank=8", 80, head_params=3354), failed]
     assert cells(report.table_lines(rows), "svfit")[ACCURACY] == "diverged"
     assert any("svfit, seed 0: svfit: the loss is nan at step 10" in line for line in report.notes(rows))
     assert any("3,354 numbers more" in line for line in report.notes(rows))
     assert "the loss is nan" in report.line(failed) and "accuracy 80" in report.line(rows[0])
     later = cells(report.table_lines(rows + [row("lora:rank=8", 81, 1), row("svfit", 70, 1)]), "svfit")
-    assert later[ACCURACY] == "70.0" and later["minus lora:rank=8, paired"] == "-11.0" and later["ms/step"] == "5.0"
+    assert later[ACCURACY] == "70.0" and later["Δ vs lora:rank=8 (paired)"] == "-11.0" and later["ms/step"] == "5.0"
 
 
 @pytest.mark.parametrize("got, expected", [
@@ -112,13 +112,13 @@ def test_tuning_lines():
     found = {"a": {"lr": [0.1, 0.2, 0.4], "val": [1.0, None, 3.0], "best": 0.4},
              "b": {"lr": [0.1, 0.2, 0.4], "val": [1.0, 5.0, 3.0], "best": 0.2},
              "c": {"lr": [0.1], "val": [1.0], "best": 0.1}, "d": {"lr": [0.1], "val": [None], "best": None}}
-    a, b, c, d = report.tuning_lines(found)
+    a, b, c, d = report.lr_sweep_lines(found)
     assert "0.2: diverged" in a and "-> 0.4 (at the edge" in a
     assert "edge" not in b and "edge" not in c and d.endswith("-> none")
 
 
 def written(out, capsys):
-    rows = [*THREE_SEEDS, row("lora:rank=1", 61), row("start", 40, adapter=0), row("svft", None, failed="nan")]
+    rows = [*THREE_SEEDS, row("lora:rank=1", 61), row("zero-shot", 40, trainable_params=0), row("svft", None, failed="nan")]
     report.write(out, rows, {"task": "größe →", "device": "cpu", "sha256": "ab", "steps": 3}, {"svfit": {"best": 1}})
     return rows, capsys.readouterr().out
 
@@ -127,7 +127,7 @@ def test_the_files(tmp_path, capsys):
     rows, said = written(tmp_path, capsys)
     content = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert content["python"] == platform.python_version() and content["torch"] == torch.__version__
-    assert (content["device"], content["sha256"], content["tuning"]) == ("cpu", "ab", {"svfit": {"best": 1}})
+    assert (content["device"], content["sha256"], content["lr_sweep"]) == ("cpu", "ab", {"svfit": {"best": 1}})
     assert content["rows"] == [{k: v for k, v in r.items() if k != "sample"} for r in rows]
     lines = (tmp_path / "results.md").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "# größe →" and "- steps: 3" in lines and "- svft, seed 0: nan" in lines
@@ -150,8 +150,8 @@ def test_the_picture(tmp_path, capsys, monkeypatch):
     assert curves["lora"][:3] == ((1000, 1000), (61, 82), (0, pytest.approx(2.6457513))) and levels == [40]
     assert curves["svfit"][:3] == ((1000,), (85,), (3.0,)) and "svft" not in curves
     assert len({colour for *_, colour in curves.values()}) == len(curves)
-    assert ("matplotlib.pyplot" in sys.modules) == before, "a notebook's settings stay"
-    assert report.plot(tmp_path / "b.png", [row("head", 40, adapter=0)]) and (tmp_path / "b.png").is_file()
+    assert ("matplotlib.pyplot" in sys.modules) == before, "a notebook's train_config stay"
+    assert report.plot(tmp_path / "b.png", [row("head", 40, trainable_params=0)]) and (tmp_path / "b.png").is_file()
     names = {"svft:pattern=topk@query": "svft pattern topk", "svft:off_diagonals=8": "svft",
              "svft:pattern=random,off_diagonals=8": "svft pattern random", "lora:init=pissa": "lora init pissa"}
     assert list(map(report.family, names)) == list(names.values())

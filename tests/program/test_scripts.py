@@ -17,23 +17,23 @@ import train_gpt
 import train_vit
 from little import call, little, read, rows   # noqa: F401  little is a fixture
 from svmini import GPT, METHODS, ViT, load_adapter
-from svmini.data.pictures import Pictures
-from svmini.data.questions import Arithmetic
-from svmini.methods import same_word
+from svmini.data.images import ImageClassification
+from svmini.data.arithmetic import Arithmetic
+from svmini.methods import canonical_spec
 from svmini.methods.lora import LoRA
 from svmini.model_file import load_model
 from svmini.training import compare, pretrain
 from toy import assert_same_folder, log_of
 
 ROOT = Path(__file__).resolve().parents[2]
-ROW = {"method", "adapter", "head", "percent", "metric", "metric_name", "higher_is_better", "recovered", "seconds",
+ROW = {"method", "trainable_params", "head_params", "trainable_percent", "metric", "metric_name", "higher_is_better", "gap_recovered", "seconds",
        "ms_per_step", "peak_mb", "adapter_bytes", "seed", "lr"}
 # name: script, its flags, what stands for no adapter, metric, better when higher
 STORIES = {
     "glyphs": (train_vit, [], "head", "accuracy", True),
-    "topics": (train_gpt, [], "start", "loss", False),
-    "arithmetic": (train_gpt, ["--data", "arithmetic"], "start", "exact match", True),
-    "pairs": (train_gpt, ["--data", "qa:PAIRS"], "start", "exact match", True),
+    "topics": (train_gpt, [], "zero-shot", "loss", False),
+    "arithmetic": (train_gpt, ["--data", "arithmetic"], "zero-shot", "exact match", True),
+    "pairs": (train_gpt, ["--data", "qa:PAIRS"], "zero-shot", "exact match", True),
 }
 
 
@@ -51,38 +51,38 @@ def test_the_results_of_a_story(story):
     *_, reference, metric, higher = STORIES[name]
     content = read(out)
     assert content["python"] == platform.python_version() and content["torch"] == torch.__version__
-    assert content["device"].startswith("device cpu") and content["steps"] == 4 and content["tuning"] is None
+    assert content["device"].startswith("device cpu") and content["steps"] == 4 and content["lr_sweep"] is None
     assert re.fullmatch("made by the program" if name == "arithmetic" else "[0-9a-f]{64}", content["sha256"])
     found = {row["method"]: row for row in content["rows"]}
-    assert list(found) == (["start"] if reference == "start" else []) + script.QUICK
+    assert list(found) == (["zero-shot"] if reference == "zero-shot" else []) + script.QUICK
     model, _ = load_model(out / "pretrain" / "model.pt", ViT if name == "glyphs" else GPT)
     size = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("head."))
-    for word, row in found.items():
+    for spec, row in found.items():
         assert set(row) == ROW and math.isfinite(row["metric"]) and row["peak_mb"] is None
         assert (row["metric_name"], row["higher_is_better"], row["seed"]) == (metric, higher, 0)
-        assert row["percent"] == pytest.approx(100 * row["adapter"] / size)
-        assert row["head"] == (26 * 17 if name == "glyphs" else 0)
-        assert (row["adapter_bytes"] > 0) == (row["seconds"] > 0) == (word != "start")
-    assert found["full"]["percent"] == 100 and found[reference]["percent"] == 0
-    assert found["lora:rank=8"]["adapter"] == 4 * 8 * 2 * 16 + 2 * 8 * 5 * 16
-    assert found["svft:off_diagonals=8"]["adapter"] == 6 * (16 * 17 - 8 * 9)
+        assert row["trainable_percent"] == pytest.approx(100 * row["trainable_params"] / size)
+        assert row["head_params"] == (26 * 17 if name == "glyphs" else 0)
+        assert (row["adapter_bytes"] > 0) == (row["seconds"] > 0) == (spec != "zero-shot")
+    assert found["full"]["trainable_percent"] == 100 and found[reference]["trainable_percent"] == 0
+    assert found["lora:rank=8"]["trainable_params"] == 4 * 8 * 2 * 16 + 2 * 8 * 5 * 16
+    assert found["svft:off_diagonals=8"]["trainable_params"] == 6 * (16 * 17 - 8 * 9)
     start, full = found[reference]["metric"], found["full"]["metric"]
     share = (lambda x: (x - start) / (full - start)) if full != start and (full > start) == higher else lambda x: None
-    assert all(found[word]["recovered"] == share(found[word]["metric"]) for word in script.QUICK)
+    assert all(found[spec]["gap_recovered"] == share(found[spec]["metric"]) for spec in script.QUICK)
 
 
 def test_the_files_of_a_story(story):
     name, (script, *_), out, printed = story
     names = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     expected = {"results.json", "results.md", "pretrain/model.pt", "pretrain/metrics.jsonl"}
-    for word in script.QUICK:
-        folder = "runs/" + word.replace(":", "_") + "-seed0"
-        made = "model.pt" if word == "full" else "adapter.pt"
+    for spec in script.QUICK:
+        folder = "runs/" + spec.replace(":", "_") + "-seed0"
+        made = "model.pt" if spec == "full" else "adapter.pt"
         expected |= {f"{folder}/{n}" for n in ("metrics.jsonl", "row.json", made)}
         assert [(line["step"], line["split"]) for line in log_of(out / folder)] == [(2, "val"), (4, "val")]
-        assert word in printed and word in (out / "results.md").read_text(encoding="utf-8")
+        assert spec in printed and spec in (out / "results.md").read_text(encoding="utf-8")
     assert "targets: query, key, value, out, up, down, " in printed
-    assert names - {"results.png", "learned.png"} == expected | ({"pictures.png"} if name == "glyphs" else set())
+    assert names - {"results.png", "analysis.png"} == expected | ({"predictions.png"} if name == "glyphs" else set())
     if name != "glyphs":
         assert "\n--- before ---\n" in printed and "\n--- after, " in printed
     if name == "arithmetic":
@@ -123,7 +123,7 @@ def test_what_was_kept_gives_back_its_row_and_is_a_base(story, tmp_path):
     name, argv, out, _ = story
     kind, full = ViT if name == "glyphs" else GPT, out / "runs" / "full-seed0" / "model.pt"
     model = load_model(out / "pretrain" / "model.pt", kind)[0]
-    model = load_adapter(model.new_head(26) if name == "glyphs" else model, out / "runs/lora_rank=8-seed0/adapter.pt")
+    model = load_adapter(model.reset_classifier(26) if name == "glyphs" else model, out / "runs/lora_rank=8-seed0/adapter.pt")
     assert model.adaptation["method"] == "lora" and model.adaptation["options"]["rank"] == 8
     flags = [argv[0], *argv[2:], "--init", full, "--methods", "lora:rank=1", "--steps", 1, "--out", tmp_path]
     assert "pretraining" not in call(*flags)
@@ -135,26 +135,26 @@ def test_what_was_kept_gives_back_its_row_and_is_a_base(story, tmp_path):
 
 def test_seeds_and_tuning(little, tmp_path, monkeypatch):
     """Each seed has its batches, all the rates tuned at the first; --targets and the head's rate reach the runs."""
-    words = ["head", "full", "svfit", "lora:rank=8@up"]
-    argv = [train_vit, "--methods", *words, "--seeds", 2, "--seed", 5, "--tune", 2, "--targets", "query,value",
+    specs = ["head", "full", "svfit", "lora:rank=8@up"]
+    argv = [train_vit, "--methods", *specs, "--seeds", 2, "--seed", 5, "--lr-sweep", 2, "--targets", "query,value",
             "--head-lr", 0.02, "--out", tmp_path]
-    monkeypatch.setattr(compare, "validation_score", lambda word, lr, *a: lr)   # the larger is the better one
+    monkeypatch.setattr(compare, "validation_score", lambda spec, lr, *a: lr)   # the larger is the better one
     printed = call(*argv)
     content, (head, full, svfit, lora) = read(tmp_path), ["head", "full", "svfit@query,value", "lora:rank=8@up"]
     assert [(r["method"], r["seed"]) for r in content["rows"]] == [
         (w, s) for s in (5, 6) for w in (head, full, svfit, lora)]
-    assert list(content["tuning"]) == [head, full, svfit, lora]
-    tuned = train_vit.RATES["glyphs"]
-    for word, first in ((head, tuned["head"]), (full, tuned["full"]), (svfit, tuned["svfit"]), (lora, LoRA.lr)):
-        found = content["tuning"][word]
+    assert list(content["lr_sweep"]) == [head, full, svfit, lora]
+    tuned = train_vit.LEARNING_RATES["glyphs"]
+    for spec, first in ((head, tuned["head"]), (full, tuned["full"]), (svfit, tuned["svfit"]), (lora, LoRA.lr)):
+        found = content["lr_sweep"][spec]
         assert found["lr"] == pytest.approx([first, 2 * first]) and found["best"] == found["lr"][1]
-        assert {r["lr"] for r in content["rows"] if r["method"] == word} == {found["best"]}
+        assert {r["lr"] for r in content["rows"] if r["method"] == spec} == {found["best"]}
         for seed in (5, 6):
-            folder = compare.run_folder(tmp_path, word, seed)
-            conditions = json.loads((folder / "row.json").read_text(encoding="utf-8"))["conditions"]
-            assert conditions["head_lr"] == (found["best"] if word == "head" else 0.02) and conditions["seed"] == seed
-            assert conditions["targets"] == {svfit: ["query", "value"], lora: ["up"]}.get(word, list(ViT.targets))
-    assert log_of(compare.run_folder(tmp_path, "full", 5)) != log_of(compare.run_folder(tmp_path, "full", 6))
+            folder = compare.run_path(tmp_path, spec, seed)
+            run_config = json.loads((folder / "row.json").read_text(encoding="utf-8"))["run_config"]
+            assert run_config["head_lr"] == (found["best"] if spec == "head" else 0.02) and run_config["seed"] == seed
+            assert run_config["targets"] == {svfit: ["query", "value"], lora: ["up"]}.get(spec, list(ViT.targets))
+    assert log_of(compare.run_path(tmp_path, "full", 5)) != log_of(compare.run_path(tmp_path, "full", 6))
     assert "mean ± standard deviation over seeds 5, 6" in printed and "learning rates by accuracy" in printed
     metrics = [r["metric"] for r in content["rows"] if r["method"] == "full"]
     line = next(x for x in (tmp_path / "results.md").read_text("utf-8").splitlines() if x.startswith("| full"))
@@ -166,10 +166,10 @@ def test_seeds_and_tuning(little, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("script, task, flags", [(train_gpt, Arithmetic, ["--data", "arithmetic"]),
-                                                 (train_vit, Pictures, ["--data", "glyphs"])])
+                                                 (train_vit, ImageClassification, ["--data", "glyphs"])])
 def test_what_an_older_command_left_is_not_met_by_resume(script, task, flags, tmp_path, monkeypatch):
-    """Begun anew with other settings and stopped: the same command with --resume goes on."""
-    argv = [script, *flags, "--methods", "full", "svfit", "--tune", 1, "--out", tmp_path]
+    """Begun anew with other train_config and stopped: the same command with --resume goes on."""
+    argv = [script, *flags, "--methods", "full", "svfit", "--lr-sweep", 1, "--out", tmp_path]
     call(*argv)
     batch, asked = task.batch, []
 
@@ -197,12 +197,12 @@ def test_all_has_every_example_also_of_a_method_dropped_in(name, tmp_path, monke
     monkeypatch.setitem(METHODS, "late", Late)
     script, flags, *_ = STORIES[name]
     printed = call(script, "--methods", "all", *flags, "--steps", 1, "--out", tmp_path)
-    found = {r["method"]: r for r in read(tmp_path)["rows"] if r["method"] != "start"}
-    done = list(map(same_word, found))
+    found = {r["method"]: r for r in read(tmp_path)["rows"] if r["method"] != "zero-shot"}
+    done = list(map(canonical_spec, found))
     assert len(set(done)) == len(done) and list(found)[:len(script.MAIN)] == script.MAIN
     for method, cls in METHODS.items():
-        for word in (f"{method}:{example}".rstrip(":") for example in cls.examples):
-            assert (same_word(word) in done) == (word != "late:rank=999"), word
+        for spec in (f"{method}:{example}".rstrip(":") for example in cls.examples):
+            assert (canonical_spec(spec) in done) == (spec != "late:rank=999"), spec
     assert "left out: late:rank=999: late does not fit blocks.0.attention.query (16x16)" in printed
     assert (found["late:rank=2"]["lr"], found["late:rank=3@up"]["lr"]) == (0.125, 0.125)
 
@@ -224,7 +224,7 @@ def test_a_real_process(tmp_path):
 
 
 def test_gpts_runs_take_the_tuned_rates(tmp_path, monkeypatch, little):
-    monkeypatch.setattr(compare, "validation_score", lambda word, lr, *a: lr)   # the larger is the better one
-    call(train_gpt, "--data", "arithmetic", "--methods", "svfit", "--steps", 1, "--tune", 2, "--out", tmp_path)
-    found = read(tmp_path)["tuning"]["svfit"]
+    monkeypatch.setattr(compare, "validation_score", lambda spec, lr, *a: lr)   # the larger is the better one
+    call(train_gpt, "--data", "arithmetic", "--methods", "svfit", "--steps", 1, "--lr-sweep", 2, "--out", tmp_path)
+    found = read(tmp_path)["lr_sweep"]["svfit"]
     assert found["best"] == found["lr"][1] == rows(tmp_path)[1]["lr"]

@@ -12,7 +12,7 @@ import torchvision
 from small_models import SMALL_GPT, SMALL_VIT, gpt, perturb, pictures, same_tensors
 from svmini import GPT, GPTConfig, ViT
 from svmini.errors import InputError, MissingFile
-from svmini.models.published import GPT2_URLS, IMAGENET, TIMM_URLS, gpt2_names, naming_of, torchvision_names
+from svmini.models.published import GPT2_URLS, IMAGENET, TIMM_URLS, gpt2_format, format_of, torchvision_format
 from test_timm import timm_state
 
 GPT2_SIZES = {   # layers, heads, width, parameters as published by Hugging Face's models
@@ -59,9 +59,9 @@ def test_safetensors(tmp_path):
 
 def test_namings_are_told_apart_by_their_keys():
     states = {"torchvision": vit_state(), "timm": timm_state(), "gpt2": gpt().to_gpt2()}
-    assert {naming: naming_of(state) for naming, state in states.items()} == {n: n for n in states}
+    assert {naming: format_of(state) for naming, state in states.items()} == {n: n for n in states}
     bare = {k.removeprefix("transformer."): v for k, v in states["gpt2"].items()}
-    assert naming_of(bare) == "gpt2" and GPT.from_state(bare, n_head=3).config == SMALL_GPT
+    assert format_of(bare) == "gpt2" and GPT.from_state(bare, n_head=3).config == SMALL_GPT
     assert same_tensors(ViT.from_state(states["torchvision"], n_head=3).to_torchvision(), states["torchvision"])
     ours = ViT.from_timm(states["timm"], n_head=2)
     assert same_tensors(ViT.from_state(states["timm"], n_head=2).state_dict(), ours.state_dict())
@@ -69,7 +69,7 @@ def test_namings_are_told_apart_by_their_keys():
         with pytest.raises(InputError, match=said):
             model.from_state(states[naming])
     with pytest.raises(InputError, match="conv_proj.weight, patch_embed.proj.weight, wte.weight were looked for"):
-        naming_of({"a": torch.ones(2)})
+        format_of({"a": torch.ones(2)})
 
 
 # ---- names ----
@@ -108,7 +108,7 @@ def test_published_gpt2(name):
         model = GPT(GPTConfig(50257, 1024, n_layer, n_head, d))
     assert sum(p.numel() for p in model.parameters()) == count
     state = model.to_gpt2()
-    assert len(state) == len(gpt2_names(n_layer)) + 1 == 12 * n_layer + 5
+    assert len(state) == len(gpt2_format(n_layer)) + 1 == 12 * n_layer + 5
     del state["lm_head.weight"]
     assert GPT.from_gpt2(state).config == model.config, "heads included, which the weights do not tell"
     assert state[f"transformer.h.{n_layer - 1}.attn.c_attn.weight"].shape == (d, 3 * d)
@@ -120,7 +120,7 @@ def test_published_vit(name):
     with torch.device("meta"):
         model = torchvision.models.get_model(name, image_size=weights.meta["min_size"][0])
     state = model.state_dict()
-    assert state.keys() == {key for key, _, _ in torchvision_names(len(model.encoder.layers))}
+    assert state.keys() == {key for key, _, _ in torchvision_format(len(model.encoder.layers))}
     ours = ViT.from_torchvision(state)
     assert ours.config.n_head == VIT_HEADS[name] == model.encoder.layers[0].num_heads
     assert ours.config.image_size == weights.meta["min_size"][0]

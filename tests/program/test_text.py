@@ -60,7 +60,7 @@ def test_read_file(tmp_path):
             T.read_text(missing)
 
 
-def test_tinyshakespeare_is_downloaded_once(tmp_path, monkeypatch):   # what can go wrong: test_questions, with GSM-8K
+def test_tinyshakespeare_is_downloaded_once(tmp_path, monkeypatch):   # what can go wrong: test_qa, with GSM-8K
     asked = []
     monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: asked.append(url) or io.BytesIO(STORY.encode()))
     monkeypatch.setattr(T, "SHAKESPEARE_SHA256", T.hashlib.sha256(STORY.encode()).hexdigest())
@@ -174,10 +174,10 @@ class Next(torch.nn.Module):
 
 
 def test_the_task_of_a_text(tokenizer):
-    task = T.Text("story", STORY, tokenizer, 16, "cpu", split_seed=3, seed=9)
+    task = T.LanguageModeling("story", STORY, tokenizer, 16, "cpu", split_seed=3, seed=9)
     for name, part in T.split_text(STORY, seed=3).items():
         assert task.splits[name].dtype == torch.int64 and tokenizer.decode(task.splits[name].tolist()) == part
-    assert task.facts == {"data": "story", "sha256": T.hashlib.sha256(STORY.encode()).hexdigest(), "context": 16}
+    assert task.data_config == {"data": "story", "sha256": T.hashlib.sha256(STORY.encode()).hexdigest(), "block_size": 16}
     assert (task.name, task.metric, task.higher_is_better) == ("story", "loss", False)
     x, y = task.batch(8, seed=1, step=2)
     model, logs = Next(), Next()(x).log_softmax(dim=-1)
@@ -189,7 +189,7 @@ def test_the_task_of_a_text(tokenizer):
 
 
 def test_a_batch_is_a_function_of_seed_and_step(tokenizer):
-    task = T.Text("story", STORY, tokenizer, 16, "cpu")
+    task = T.LanguageModeling("story", STORY, tokenizer, 16, "cpu")
     task.splits["train"] = torch.arange(40) * 3
     x, y = task.batch(500, seed=0, step=7)
     assert x.shape == y.shape == (500, 16) and x.dtype == y.dtype == torch.int64
@@ -204,7 +204,7 @@ def test_a_batch_is_a_function_of_seed_and_step(tokenizer):
 @pytest.mark.parametrize("context, most", [(16, 7), (1300, 400)])          # many windows at a time, and 3
 def test_the_first_windows_are_evaluated(monkeypatch, context, most):
     monkeypatch.setattr(T, "MOST_WINDOWS", most)
-    task = T.Text("topics", T.read_text("topics")[:150_000], K.tokenizer_of(K.train_bpe("", 256)), context, "cpu")
+    task = T.LanguageModeling("topics", T.read_text("topics")[:150_000], K.tokenizer_of(K.train_bpe("", 256)), context, "cpu")
     for split in ("val", "test"):
         x, y = T.windows(task.splits[split], context)
         assert (len(x) > most) == (context == 16)
@@ -215,4 +215,4 @@ def test_the_first_windows_are_evaluated(monkeypatch, context, most):
 
 def test_a_split_that_fills_no_window(tokenizer):
     with pytest.raises(InputError, match=r"^\d+ tokens do not fill a window of 5000 .* shorter window$"):
-        T.Text("story", STORY, tokenizer, 5000, "cpu")
+        T.LanguageModeling("story", STORY, tokenizer, 5000, "cpu")

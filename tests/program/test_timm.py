@@ -77,7 +77,7 @@ def test_a_head_and_a_size_for_another_task():
     state = timm_state()
     kept, new = ViT.from_timm(state, n_head=2), ViT.from_timm(state, num_classes=7, n_head=2, image_size=20)
     assert new.config.num_classes == 7 and new.config.image_size == 20 and not new.head.weight.any()
-    assert torch.equal(new.position_embedding, kept.new_size(20).position_embedding)
+    assert torch.equal(new.position_embedding, kept.set_input_size(20).position_embedding)
     folded = state["blocks.1.ls2.gamma"][:, None] * state["blocks.1.mlp.fc2.weight"]
     assert torch.equal(new.blocks[1].mlp.down.weight, folded)
     half = ViT.from_timm(timm_state(classes=0, dtype=torch.float16), n_head=2)

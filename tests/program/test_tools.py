@@ -9,13 +9,13 @@ import pytest
 import torch
 import torchvision
 
-from fake_sets import build_tree
+from fake_datasets import build_tree
 from svmini import GPT, GPTConfig, ViT, ViTConfig, adapt, load_adapter, save_adapter
-from svmini import command_line, export, generate, predict
+from svmini import cli, export, generate, predict
 from svmini.data import glyphs
-from svmini.data.pictures import Pictures, prepare
-from svmini.data.picture_sets import open_pictures, read_file
-from svmini.data.questions import Arithmetic, decode
+from svmini.data.images import ImageClassification, prepare
+from svmini.data.image_datasets import open_images, read_file
+from svmini.data.arithmetic import Arithmetic, decode
 from svmini.data.tokenizers import bpe_tokenizer
 from svmini.model_file import class_of, load_adapted, load_base, load_model, save_model
 from svmini.training.loop import evaluate
@@ -48,18 +48,18 @@ def folder(tmp_path_factory):
         save_adapter(moved(adapt(model, "svft")), out / f"{name}-adapter.pt", {"data": "another"})
     model = moved(ViT(ViTConfig(24, 6, 1, 34, 1, 2, 16)))
     save_model(out / "vit.pt", model, {"data": "glyphs A"})
-    save_adapter(moved(adapt(model.new_head(26), "lora", rank=2)), out / "vit-adapter.pt",
+    save_adapter(moved(adapt(model.reset_classifier(26), "lora", rank=2)), out / "vit-adapter.pt",
                  {"data": "glyphs B", "image_size": 24, "classes": list("abcdefghijklmnopqrstuvwxyz")})
     model = moved(ViT(ViTConfig(16, 8, 3, 5, 1, 2, 16)))
     torch.save(model.to_torchvision(), out / "raw-vit.pt")
     build_tree(out / "pictures", {"train": 6, "test": 2})
-    save_adapter(moved(adapt(model.new_size(24).new_head(4), "svfit")), out / "raw-vit-adapter.pt",
+    save_adapter(moved(adapt(model.set_input_size(24).reset_classifier(4), "svfit")), out / "raw-vit-adapter.pt",
                  {"data": f"folder:{out / 'pictures'}", "image_size": 24, "classes": ["ant", "bee", "cow", "dog"]})
     return out
 
 
 def call(tool, capsys, *argv, code=0):
-    assert command_line.run(tool.command, [str(a) for a in argv]) == code
+    assert cli.run_command(tool.command, [str(a) for a in argv]) == code
     said = capsys.readouterr()
     return said.err if code else said.out
 
@@ -68,7 +68,7 @@ def call(tool, capsys, *argv, code=0):
 
 def test_generate_says_what_the_adapted_model_says(folder, capsys):
     """A prompt of bytes that no one token holds; the base alone says something else."""
-    prompt, argv = "Größe: ", ["--init", folder / "text.pt", "--prompt", "Größe: ", "--length", 12, "--device", "cpu"]
+    prompt, argv = "Größe: ", ["--init", folder / "text.pt", "--prompt", "Größe: ", "--max-new-tokens", 12, "--device", "cpu"]
     adapted = [*argv, "--adapter", folder / "text-adapter.pt"]
     tokenizer = bpe_tokenizer(BYTES)
     model = load_adapter(load_model(folder / "text.pt", GPT)[0], folder / "text-adapter.pt")
@@ -100,7 +100,7 @@ def test_generate_stops_at_the_end_of_an_answer(folder, capsys, monkeypatch):
 def test_a_module_runs_as_a_process(folder, tmp_path):
     """From another working directory."""
     done = subprocess.run(
-        [sys.executable, "-m", "svmini.generate", "--init", str(folder / "text.pt"), "--prompt", "ab", "--length", "3"],
+        [sys.executable, "-m", "svmini.generate", "--init", str(folder / "text.pt"), "--prompt", "ab", "--max-new-tokens", "3"],
         cwd=tmp_path, capture_output=True, timeout=120,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0 and done.stdout.startswith(b"ab") and done.stderr == b""
@@ -119,21 +119,21 @@ def test_predict_says_the_accuracy_on_what_a_model_was_trained_on(base, adapter,
     argv = ["--init", folder / base, "--out", tmp_path, "--device", "cpu", *(["--n-head", 2] if "raw" in base else [])]
     said = call(predict, capsys, *argv, *(["--adapter", folder / adapter] if adapter else []))
     data = f"folder:{folder / 'pictures'}" if data == "folder" else data
-    model, about = load_adapted(folder / base, adapter and folder / adapter, ViT, 2 if "raw" in base else None)
-    task = Pictures(open_pictures(data, None, 0), 0, model.config, CPU.device)
+    model, metadata = load_adapted(folder / base, adapter and folder / adapter, ViT, 2 if "raw" in base else None)
+    task = ImageClassification(open_images(data, None, 0), 0, model.config, CPU.device)
     accuracy = evaluate(model, task, "test", CPU)["metric"]
     assert said.startswith(f"{data}: accuracy {accuracy:.1f} on {count} test pictures; ")
-    assert (tmp_path / "predictions.png").read_bytes().startswith(b"\x89PNG") and about["data"] == data
+    assert (tmp_path / "predictions.png").read_bytes().startswith(b"\x89PNG") and metadata["data"] == data
 
 
 def test_predict_names_pictures_of_ones_own(folder, tmp_path, capsys):
     argv = ["--init", folder / "raw-vit.pt", "--n-head", 2, "--device", "cpu"]
     paths = sorted((folder / "pictures" / "test").rglob("*.jpg"))[::3]
-    model, about = load_adapted(folder / "raw-vit.pt", folder / "raw-vit-adapter.pt", ViT, 2)
+    model, metadata = load_adapted(folder / "raw-vit.pt", folder / "raw-vit-adapter.pt", ViT, 2)
     x = prepare(torch.stack([read_file(path, 24) for path in paths]), 24, model.config.mean, model.config.std)
     chances = model.eval()(x).softmax(dim=1)
     said = call(predict, capsys, *paths, *argv, "--adapter", folder / "raw-vit-adapter.pt").splitlines()
-    assert said == [f"{path}: {about['classes'][p.argmax()]} ({100 * p.max():.0f} %)"
+    assert said == [f"{path}: {metadata['classes'][p.argmax()]} ({100 * p.max():.0f} %)"
                     for path, p in zip(paths, chances)]
     assert len(said) == 3 and {"ant", "bee", "cow", "dog"} >= {line.split(": ")[1].split(" ")[0] for line in said}
     assert call(predict, capsys, paths[0], *argv).startswith(f"{paths[0]}: class "), "a base that does not name them"
@@ -160,7 +160,7 @@ def test_a_merged_model_computes_what_base_and_adapter_compute(base, adapter, fo
     assert "the merged model\n" in call(export, capsys, *argv, "--out", tmp_path / "ours.pt")
     assert f"in {naming}'s naming" in call(export, capsys, *argv, "--format", naming, "--out", tmp_path / "theirs.pt")
     assert {p.name for p in tmp_path.iterdir()} == {"ours.pt", "theirs.pt"}
-    ours, about = load_model(tmp_path / "ours.pt", kind)
+    ours, metadata = load_model(tmp_path / "ours.pt", kind)
     theirs, _ = load_base(tmp_path / "theirs.pt", kind, 2)
     with torch.no_grad():
         y, start = expected.eval()(x), None
@@ -176,8 +176,8 @@ def test_a_merged_model_computes_what_base_and_adapter_compute(base, adapter, fo
             start = load_base(source, kind, n_head)[0].eval()(x)
             assert (start - y).abs().max() > 1e-3 * y.abs().max(), "it is the adapted model, not the base"
     assert ours.config == config and not hasattr(ours, "adaptation")
-    assert about["data"] == said["data"] and about["published"] is ("raw" in base)
-    assert about.get("tokenizer") == said.get("tokenizer")
+    assert metadata["data"] == said["data"] and metadata["published"] is ("raw" in base)
+    assert metadata.get("tokenizer") == said.get("tokenizer")
 
 
 def test_merged_is_beside_the_adapter_where_nothing_is_said(folder, tmp_path, capsys):
@@ -194,17 +194,17 @@ def test_merged_is_beside_the_adapter_where_nothing_is_said(folder, tmp_path, ca
 def test_a_model_file_comes_back_whole(tmp_path):
     torch.manual_seed(0)
     for model, x in ((GPT(GPTConfig(7, 8, 1, 2, 8)), torch.arange(6)[None]),
-                     (ViT(ViTConfig(4, 2, 1, 3, 1, 2, 8, mean=(0.25,))).new_head(5), torch.randn(2, 1, 4, 4))):
+                     (ViT(ViTConfig(4, 2, 1, 3, 1, 2, 8, mean=(0.25,))).reset_classifier(5), torch.randn(2, 1, 4, 4))):
         save_model(tmp_path / "m.pt", moved(model), {"data": "ä", "list": [1, "x"]})
-        again, about = load_model(tmp_path / "m.pt", type(model))
-        assert about == {"data": "ä", "list": [1, "x"]} and again.config == model.config
+        again, metadata = load_model(tmp_path / "m.pt", type(model))
+        assert metadata == {"data": "ä", "list": [1, "x"]} and again.config == model.config
         assert torch.equal(model.eval()(x), again.eval()(x))
-        assert load_base(tmp_path / "m.pt", type(model))[1] == about | {"published": False}
+        assert load_base(tmp_path / "m.pt", type(model))[1] == metadata | {"published": False}
 
 
 def test_published_weights_are_a_base_in_float32(folder, tmp_path):
     state = {key: value.double() for key, value in torch.load(folder / "raw-vit.pt", weights_only=True).items()}
     torch.save(state, tmp_path / "weights.pt")
-    model, about = load_base(tmp_path / "weights.pt", ViT, n_head=2)
-    assert {p.dtype for p in model.parameters()} == {torch.float32} and about == {"data": "weights", "published": True}
+    model, metadata = load_base(tmp_path / "weights.pt", ViT, n_head=2)
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and metadata == {"data": "weights", "published": True}
     assert class_of("gpt2") is GPT and class_of("vit_b_16") is ViT and class_of("dinov2_vits14") is ViT

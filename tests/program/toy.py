@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from svmini import GPT, GPTConfig, ViT, ViTConfig
 from svmini.rng import generator
 from svmini.training import checkpoint
-from svmini.training.loop import Settings
-from svmini.training.machine import pick_machine
+from svmini.training.loop import TrainConfig
+from svmini.training.device import resolve_device
 
-CPU = pick_machine("cpu")
+CPU = resolve_device("cpu")
 
 
 def walk(size, seed, step):
@@ -37,7 +37,7 @@ class Toy:
     name, metric, higher_is_better = "walk", "loss", False
 
     def __init__(self, **changes):
-        self.facts, self.batch, self.loss, self.evaluate = {"data": "walk"}, walk, token_loss, score
+        self.data_config, self.batch, self.loss, self.evaluate = {"data": "walk"}, walk, token_loss, score
         self.show = lambda model: ["shown"]
         vars(self).update(changes)
 
@@ -52,8 +52,8 @@ def tiny_vit(classes=3):
     return ViT(ViTConfig(4, 2, 1, classes, 1, 2, 8))
 
 
-def settings(**changes):
-    return Settings(**{"steps": 12, "lr": 1e-2, "batch_size": 4, "seed": 3, **changes})
+def train_config(**changes):
+    return TrainConfig(**{"steps": 12, "lr": 1e-2, "batch_size": 4, "seed": 3, **changes})
 
 
 def interrupt_at(step, stage="batch"):
@@ -74,8 +74,8 @@ def interrupt_at(step, stage="batch"):
     return Toy(batch=batch, evaluate=evaluate)
 
 
-def run(folder, resume=False, conditions=None, eval_every=3, save_every=5):
-    return checkpoint.Run(folder, conditions or {}, resume, save_every, eval_every)
+def run(folder, resume=False, run_config=None, eval_every=3, save_every=5):
+    return checkpoint.RunFolder(folder, run_config or {}, resume, save_every, eval_every)
 
 
 def same(a, b):
@@ -96,7 +96,7 @@ def assert_same_folder(a, b):
             assert same(*(torch.load(f / name, weights_only=True) for f in (a, b))), f"{name} differs"
         elif name.endswith("row.json"):
             one, other = (json.loads((f / name).read_text(encoding="utf-8")) for f in (a, b))
-            assert one["conditions"] == other["conditions"] and timeless(one["row"]) == timeless(other["row"])
+            assert one["run_config"] == other["run_config"] and timeless(one["row"]) == timeless(other["row"])
         elif name.endswith("metrics.jsonl"):
             assert (a / name).read_bytes() == (b / name).read_bytes(), f"{name} differs"
 

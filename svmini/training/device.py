@@ -8,7 +8,7 @@ from ..errors import InputError
 
 
 @dataclass(frozen=True)
-class Machine:
+class DeviceConfig:
     """device: where the work runs.  dtype: of autocast, float32 for none.  reason: why, in a line for the reader.
     compile: whether training steps go through torch.compile."""
     device: torch.device
@@ -20,8 +20,8 @@ class Machine:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
 
-def pick_machine(device="auto", dtype="auto", compile=False):
-    """Resolve --device, --dtype and --compile to a Machine. Raises InputError for a device that is not there."""
+def resolve_device(device="auto", dtype="auto", compile=False):
+    """Resolve --device, --dtype and --compile to a DeviceConfig. Raises InputError for a device that is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(d for d, ok in there.items() if ok) if device == "auto" else device
     if not there.get(name):
@@ -34,4 +34,4 @@ def pick_machine(device="auto", dtype="auto", compile=False):
     what = torch.cuda.get_device_name() if name == "cuda" else f"{torch.get_num_threads()} threads"
     reason = f"device {name} ({what}; {why}), {dtype}" + (" autocast" if dtype != "float32" else "")
     reason += ", compiled" if compile else ""
-    return Machine(torch.device(name), getattr(torch, dtype), reason, compile)
+    return DeviceConfig(torch.device(name), getattr(torch, dtype), reason, compile)

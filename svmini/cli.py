@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from .errors import InputError
-from .methods import METHODS, nearest, parse_word
+from .methods import METHODS, nearest, parse_spec
 from .training.loop import Diverged, Stopped
 
 
@@ -47,10 +47,10 @@ def names(text):
     return found
 
 
-def method_word(text):
+def method_spec(text):
     """An argparse type: a method's word, or all. Whether it fits the model is seen later."""
     try:
-        return text if text == "all" else parse_word(text) and text
+        return text if text == "all" else parse_spec(text) and text
     except InputError as error:
         raise argparse.ArgumentTypeError(error) from None
 
@@ -66,7 +66,7 @@ def one_of(known):
     return convert
 
 
-def add_machine(p):
+def add_device(p):
     for flag, about, names in (("--device", "where to compute", ("auto", "cpu", "cuda", "mps")),
                                ("--dtype", "of autocast", ("auto", "float32", "bfloat16", "float16"))):
         p.add_argument(flag, default="auto", choices=names, metavar="NAME", help=f"{about}: {' | '.join(names)}")
@@ -86,12 +86,12 @@ def training_parser(command, about, data, default):
     a("--data", default=default, type=one_of(data), metavar="NAME", help=" | ".join(data) + f" ({default})")
     a("--data-dir", metavar="DIR", help="where real data lie, or are downloaded to")
     a("--out", metavar="DIR", help="where results go (out/MODEL-DATA)")
-    add_machine(p)
+    add_device(p)
     a("--compile", action="store_true", help="training steps through torch.compile")
     a("--seed", type=number(0), default=0, metavar="N", help="of everything that is drawn")
     a("--steps", type=number(1), metavar="N", help="training steps")
     a("--batch-size", type=number(1), metavar="N", help="examples a step")
-    a("--accumulate", type=number(1), metavar="N", help="parts in which a batch goes through, to save memory")
+    a("--grad-accum-steps", type=number(1), metavar="N", help="parts in which a batch goes through, to save memory")
     a("--save-every", type=number(0), default=0, metavar="N", help="steps between checkpoints (0: at the end)")
     a("--eval-every", type=number(0), default=0, metavar="N", help="steps between evaluations (0: at the end)")
     a("--resume", action="store_true", help="go on where the same command was stopped")
@@ -105,13 +105,13 @@ def adapting_parser(command, about, data, weights):
                 "svft:pattern=banded,off_diagonals=8@query,value")
     a = p.add_argument
     what, base, rates = (p.add_mutually_exclusive_group() for _ in range(3))
-    what.add_argument("--methods", nargs="+", type=method_word, metavar="M",
+    what.add_argument("--methods", nargs="+", type=method_spec, metavar="M",
                       help="the methods' words; all: every method's examples")
     what.add_argument("--quick", action="store_true", help="a few rows in under a minute")
     base.add_argument("--init", metavar="MODEL", help=f"the base: a model file, a file of weights, or {weights}")
     base.add_argument("--base-data", metavar="NAME", help="what a base is pretrained on, where no --init brings one")
     rates.add_argument("--lr", type=number(0, float, True), metavar="X", help="a rate for all, no tuned ones")
-    rates.add_argument("--tune", type=number(1), metavar="N", help="try N rates, a factor 2 apart, on validation data")
+    rates.add_argument("--lr-sweep", type=number(1), metavar="N", help="try N rates, a factor 2 apart, on validation data")
     a("--seeds", type=number(1), default=1, metavar="N", help="runs of every method")
     a("--targets", type=names, metavar="A,B", help="layers to adapt, where a method's word names none")
     a("--n-head", type=number(1), metavar="N", help="of --init's weights, where heads are not of width 64")
@@ -145,7 +145,7 @@ def out_folder(flags, model):
     return out
 
 
-def run(main, argv=None, **commands):
+def run_command(main, argv=None, **commands):
     """Call main(argv), or the command that the first word names, and return its exit code. What the user can mend
     becomes one line on stderr and exit code 2; a mistake of ours, or in a new method, keeps its traceback."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -167,7 +167,7 @@ def run(main, argv=None, **commands):
         if not isinstance(error, MemoryError) and "out of memory" not in said and "tried to allocate" not in said:
             raise
         print(f"error: not enough memory ({' '.join(str(error).split())[:120]}): try a smaller --batch-size, or "
-              "--accumulate", file=sys.stderr)
+              "--grad-accum-steps", file=sys.stderr)
         return 2
     except (InputError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)

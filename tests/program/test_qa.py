@@ -13,8 +13,9 @@ import tiktoken
 import torch
 
 from svmini import GPT, GPTConfig
-from svmini.data import questions, tokenizers
-from svmini.data.questions import Arithmetic, Pairs, decode, encode, final_answer, read_pairs, split_of, split_pairs
+from svmini.data import qa, tokenizers
+from svmini.data.arithmetic import Arithmetic, decode, encode, split_of
+from svmini.data.qa import QuestionAnswering, final_answer, read_pairs, split_pairs
 from svmini.errors import InputError, MissingFile
 
 
@@ -34,7 +35,7 @@ def solve(prompts, operation):
 class Stub:
     """Stands in for a GPT: knows subtraction, but gets every problem with a = an even number wrong."""
 
-    def answer(self, prompts, max_new, end=None):
+    def generate_greedy(self, prompts, max_new, end=None):
         assert (max_new, end) == (4, None)
         answers = solve(prompts, "-")
         even = prompts[:, 2] % 2 == 0
@@ -105,11 +106,11 @@ def test_split_rule():
 def test_exact_match_counts_whole_answers():
     task = Arithmetic("-")
     for split in ("val", "test"):
-        prompts, answers = task.marked[split]
+        prompts, answers = task.eval_problems[split]
         odd = (prompts[:, 2] % 2 == 1).double().mean().item()
         assert len(answers) == 1000 and 0.3 < odd < 0.7
         assert task.evaluate(Stub(), split) == {"loss": None, "metric": pytest.approx(100 * odd)}
-    assert task.facts == {"data": "arithmetic -", "sha256": "made by the program"}
+    assert task.data_config == {"data": "arithmetic -", "sha256": "made by the program"}
     assert (task.name, task.metric, task.higher_is_better) == ("arithmetic -", "exact match", True)
 
 
@@ -193,7 +194,7 @@ def test_gsm8k_is_downloaded_once(tmp_path, monkeypatch):
     with pytest.raises(MissingFile, match="what came is another file"):   # a login page, say
         split_pairs("gsm8k", data)
     assert not list(data.rglob("*.*"))                                    # neither kept nor half kept
-    monkeypatch.setattr(questions, "GSM8K_SHA256", {s: hashlib.sha256(c).hexdigest() for s, c in served.items()})
+    monkeypatch.setattr(qa, "GSM8K_SHA256", {s: hashlib.sha256(c).hexdigest() for s, c in served.items()})
     root = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
     asked.clear()
     for _ in range(2):
@@ -204,7 +205,7 @@ def test_gsm8k_is_downloaded_once(tmp_path, monkeypatch):
     write(data / "gsm8k" / "train.jsonl", GSM8K["train"][:29] + GSM8K["test"][:1])
     splits = split_pairs("gsm8k", data)                                   # a test question in the training file
     assert set(splits["train"] + splits["val"]) == set(GSM8K["train"][:29])
-    monkeypatch.setattr(questions, "MOST_VAL", 1)
+    monkeypatch.setattr(qa, "MOST_VAL", 1)
     assert len(split_pairs("gsm8k", data)["val"]) == 1
 
 
@@ -219,7 +220,7 @@ def test_gsm8k_that_cannot_be_had(tmp_path, monkeypatch, error, why):
         split_pairs("gsm8k", tmp_path)
     message = str(caught.value)
     assert "\n" not in message and why in message and str(tmp_path / "gsm8k" / "train.jsonl") in message
-    assert questions.GSM8K_URL.format("train") in message
+    assert qa.GSM8K_URL.format("train") in message
     assert "--data qa:FILE" in message and "--data arithmetic" in message
 
 
@@ -250,13 +251,13 @@ def test_end_token(tokenizer):
     like_gpt2 = tiktoken.Encoding("x", pat_str=tokenizers.GPT2_PATTERN, special_tokens={"<|endoftext|>": 256},
                                   mergeable_ranks={bytes([b]): b for b in range(256)})
     assert tokenizers.end_token(like_gpt2) == 256
-    data = Pairs("qa:x", splits_of([story(0)]), like_gpt2, 256)
+    data = QuestionAnswering("qa:x", splits_of([story(0)]), like_gpt2, 256)
     assert data.batch(1, 0, 0)[1][0, -1] == 256 and data.text(data.problems("train")[1][0]) == " " + story(0)[1]
 
 
 def test_targets_are_the_answer_and_its_end(tokenizer):
     train = [story(i) for i in range(12)] + [("?", "!")]
-    data = Pairs("qa:x", splits_of(train), tokenizer, 128)
+    data = QuestionAnswering("qa:x", splits_of(train), tokenizer, 128)
     expected = {f"Question: {q}\nAnswer:": f" {a}\0" for q, a in train}
     x, y = data.batch(13, seed=1, step=5)
     assert x.shape == y.shape and x.dtype == y.dtype == torch.int64 and len(x) == 13
@@ -275,18 +276,18 @@ def test_targets_are_the_answer_and_its_end(tokenizer):
 
 
 def test_facts_tell_pairs_apart(tokenizer):
-    first, same, other = (Pairs("qa:x", splits_of([story(i)]), tokenizer, 128).facts["sha256"] for i in (0, 0, 1))
+    first, same, other = (QuestionAnswering("qa:x", splits_of([story(i)]), tokenizer, 128).data_config["sha256"] for i in (0, 0, 1))
     assert first == same != other
 
 
 def test_pairs_that_do_not_fit(tokenizer):
     short, long = ("1 + 1?", "2"), ("1 + 1?", "It is 2, " * 40 + "#### 2")
     size = len(tokenizer.encode_ordinary("Question: 1 + 1?\nAnswer: 2"))      # the end is only a target
-    data = Pairs("qa:x", splits_of([short, long, short], test=[long]), tokenizer, size)
+    data = QuestionAnswering("qa:x", splits_of([short, long, short], test=[long]), tokenizer, size)
     assert data.left_out == 1 and data.max_new == 2 and len(data.problems("test")[0]) == 1
     assert data.batch(2, 0, 0)[0].shape == (2, size)
     with pytest.raises(InputError, match=f"context of {size - 1} tokens: the shortest needs {size}$"):
-        Pairs("qa:x", splits_of([long, short]), tokenizer, size - 1)
+        QuestionAnswering("qa:x", splits_of([long, short]), tokenizer, size - 1)
 
 
 # ---- final answers ----
@@ -302,7 +303,7 @@ def test_final_answer(written, final):
 # ---- marking ----
 
 def test_marking(tokenizer):
-    data = Pairs("qa:x", splits_of([story(0)], test=[("a", "#### 120"), ("b", "so\n#### 1,200."), ("c", "no")]),
+    data = QuestionAnswering("qa:x", splits_of([story(0)], test=[("a", "#### 120"), ("b", "so\n#### 1,200."), ("c", "no")]),
                  tokenizer, 128)
     prompts, answers = data.problems("test")
 
@@ -317,18 +318,18 @@ def test_marking(tokenizer):
 
 
 def test_a_hundred_of_val_and_all_of_test_are_marked(tokenizer, monkeypatch):
-    data = Pairs("qa:x", splits_of([story(0)], map(story, range(120)), map(story, range(120, 250))), tokenizer, 64)
-    assert {split: len(prompts) for split, (prompts, _) in data.marked.items()} == {"val": 100, "test": 130}
+    data = QuestionAnswering("qa:x", splits_of([story(0)], map(story, range(120)), map(story, range(120, 250))), tokenizer, 64)
+    assert {split: len(prompts) for split, (prompts, _) in data.eval_problems.items()} == {"val": 100, "test": 130}
 
 
 def test_a_short_file_is_learned_and_marked(tmp_path, tokenizer):
     """The whole road: twenty lines of a file, training with the loss on the answers, greedy answers, exact match."""
     name = f"qa:{write(tmp_path / 'x.jsonl', [story(i) for i in range(20)])}"
-    data = Pairs(name, split_pairs(name), tokenizer, 64)
+    data = QuestionAnswering(name, split_pairs(name), tokenizer, 64)
     assert data.left_out == 0
     torch.manual_seed(0)
     model = GPT(GPTConfig(tokenizer.n_vocab, 64, n_layer=2, n_head=2, d_model=48))
-    data.marked["train"] = data.problems("train")
+    data.eval_problems["train"] = data.problems("train")
     start = data.evaluate(model, "train")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(80):
@@ -340,8 +341,8 @@ def test_a_short_file_is_learned_and_marked(tmp_path, tokenizer):
     assert val["loss"] > learned["loss"] and 0 <= val["metric"] <= 100
     whole = data.loss(model, *data.stack(data.splits["train"])).item()   # a mean over tokens, not over batches
     assert data.loss_of(model, "train", batch_size=5) == pytest.approx(whole, rel=1e-4)
-    prompts, answers = data.marked["train"]
-    data.marked["test"] = [*prompts, torch.zeros(65, dtype=torch.int64)], [*answers, answers[0]]
+    prompts, answers = data.eval_problems["train"]
+    data.eval_problems["test"] = [*prompts, torch.zeros(65, dtype=torch.int64)], [*answers, answers[0]]
     percent = data.evaluate(model, "test")["metric"]
     assert percent == pytest.approx(learned["metric"] * 16 / 17)   # a prompt without room is not solved
     shown = data.show(model)

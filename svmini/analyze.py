@@ -1,4 +1,4 @@
-"""python -m svmini.learned: what an adapter learned, from its file and its base: a table of layers, and a picture.
+"""python -m svmini.analyze: what an adapter learned, from its file and its base: a table of layers, and a picture.
 
 With W0 = U Σ Vᵀ (thin, σ descending) and the change ΔW = W − W0,
 
@@ -17,12 +17,12 @@ import torch
 from . import files
 from .adapter_file import load_adapter
 from .adapting import adapters_of, unwrap
-from .command_line import Parser, add_model, run
+from .cli import Parser, add_model, run_command
 from .errors import InputError
-from .methods import parse_word
+from .methods import parse_spec
 from .methods.svd import thin_svd
 from .model_file import class_of, load_adapted, load_base
-from .training.compare import run_folder
+from .training.compare import run_path
 from .training.report import markdown
 
 GREY = "#808080"   # reads on a light and on a dark page
@@ -33,7 +33,7 @@ rank: singular values of ΔW above what float32 rounds away"""
 DIAGONAL = "diagonal: mean |M_ii| (SVFit: |s_i − σ_i|) over the first and over the last quarter of i"
 
 
-def study(weight, adapter, spectra=True):
+def analyze(weight, adapter, spectra=True):
     """What became of one weight W0 (d_out, d_in), in float64: {"before": σ (D,), "C": |C| (D, D), "size": ‖ΔW‖ / ‖W0‖,
     "leading": the share of ‖ΔW‖² in C's first quarter}, and with spectra, which take two further SVDs, "after": the
     singular values of W (D,), "change": those of ΔW, 0 where they are rounding, and "rank": how many are not."""
@@ -50,17 +50,17 @@ def study(weight, adapter, spectra=True):
     return found
 
 
-def study_all(base, model, spectra=True):
-    """{path: what study finds} of an adapted model's layers, beside the plain base (of the same names)."""
+def analyze_model(base, model, spectra=True):
+    """{path: what analyze finds} of an adapted model's layers, beside the plain base (of the same names)."""
     adapters = adapters_of(unwrap(model))
     if not adapters:
         raise InputError("the adapter trains a head alone: no matrix of the base was adapted")
     with torch.no_grad():
-        return {name: study(base.get_submodule(name).weight, part, spectra) for name, part in adapters.items()}
+        return {name: analyze(base.get_submodule(name).weight, part, spectra) for name, part in adapters.items()}
 
 
 def by_target(layers):
-    """{target: [what study found, layer by layer]}, a target being the end of a path; of one D each."""
+    """{target: [what analyze found, layer by layer]}, a target being the end of a path; of one D each."""
     groups = {}
     for name, found in layers.items():
         groups.setdefault((name.rpartition(".")[2], len(found["before"])), []).append(found)
@@ -73,7 +73,7 @@ def between_singular_vectors(method, options):
 
 
 def mean(founds, key):
-    """The mean over layers of what study found."""
+    """The mean over layers of what analyze found."""
     return torch.stack([found[key].double() for found in founds]).mean(dim=0)
 
 
@@ -148,33 +148,33 @@ def band(C, d):
 
 
 def draw_best(out, rows, base):
-    """After a comparison: out/learned.png of the best SVFT or SVFit row of the first seed, from the adapter file that
+    """After a comparison: out/analysis.png of the best SVFT or SVFit row of the first seed, from the adapter file that
     its run has left; base is the plain model. Prints what it drew; without such a row there is nothing to draw."""
-    first = [r for r in rows if r["seed"] == rows[0]["seed"] and r["metric"] is not None and r["method"] != "start"
-             and between_singular_vectors(*parse_word(r["method"])[:2])]
+    first = [r for r in rows if r["seed"] == rows[0]["seed"] and r["metric"] is not None and r["method"] != "zero-shot"
+             and between_singular_vectors(*parse_spec(r["method"])[:2])]
     if first:
         best = max(first, key=lambda r: r["metric"] if r["higher_is_better"] else -r["metric"])
-        model = load_adapter(copy.deepcopy(base), run_folder(out, best["method"], best["seed"]) / "adapter.pt")
-        what, path = model.adaptation, Path(out) / "learned.png"
-        if draw(path, study_all(base, model, spectra=False), what["method"], what["options"]):
+        model = load_adapter(copy.deepcopy(base), run_path(out, best["method"], best["seed"]) / "adapter.pt")
+        what, path = model.adaptation, Path(out) / "analysis.png"
+        if draw(path, analyze_model(base, model, spectra=False), what["method"], what["options"]):
             print(f"{path}: what {best['method']} learned, beside the singular values of the base")
 
 
 def command(argv):
-    p = Parser("-m svmini.learned", "What an adapter learned: spectra, ranks, a picture.")
+    p = Parser("-m svmini.analyze", "What an adapter learned: spectra, ranks, a picture.")
     add_model(p, adapter_required=True)
-    p.add_argument("--out", metavar="DIR", help="where learned.png goes (beside the adapter)")
+    p.add_argument("--out", metavar="DIR", help="where analysis.png goes (beside the adapter)")
     flags = p.parse_args(argv)
     model_class = class_of(flags.init)
     base, _ = load_base(flags.init, model_class, flags.n_head)
     model, _ = load_adapted(flags.init, flags.adapter, model_class, flags.n_head)
     method, options = model.adaptation["method"], model.adaptation["options"]
-    layers, diagonal = study_all(base, model), between_singular_vectors(method, options)
+    layers, diagonal = analyze_model(base, model), between_singular_vectors(method, options)
     print(f"{method}: " + ", ".join(f"{key} {value}" for key, value in options.items()) + "\n")
     print(*table_lines(layers, diagonal), "", NOTES, *[DIAGONAL] * diagonal, sep="\n")
-    path = Path(flags.out or Path(flags.adapter).parent) / "learned.png"
+    path = Path(flags.out or Path(flags.adapter).parent) / "analysis.png"
     print(path if draw(path, layers, method, options) else "for a picture of it: pip install matplotlib")
 
 
 if __name__ == "__main__":
-    sys.exit(run(command))
+    sys.exit(run_command(command))

@@ -1,6 +1,6 @@
-"""Pictures to name the class of: the task, what a model is shown of them, and a grid of them for a reader.
+"""ImageClassification to name the class of: the task, what a model is shown of them, and a grid of them for a reader.
 
-Pictures are kept as bytes. `prepare` makes of a batch what a model expects, on the model's device; `shake` is the light
+ImageClassification are kept as bytes. `prepare` makes of a batch what a model expects, on the model's device; `augment` is the light
 augmentation. Everything is a function of (data, seed, step). A source of pictures, be it another one, has
 
     name, classes       of the set, and of each class at the index that is its label
@@ -22,24 +22,24 @@ from . import pick
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # mean and std of a channel, of natural pictures
 
 
-class Pictures:
+class ImageClassification:
     """The task to name the class of a source's pictures.
 
-    seed: of what the source draws; config: the model's, with image_size, mean and std; shake: whether the training
+    seed: of what the source draws; config: the model's, with image_size, mean and std; augment: whether the training
     pictures of a natural source are mirrored and shifted. Small sets lie on the device, large ones come to it batch by
     batch, as bytes.
     """
     metric, higher_is_better = "accuracy", True
 
-    def __init__(self, source, seed, config, device, shake=True):
+    def __init__(self, source, seed, config, device, augment=True):
         self.name, self.classes, self.config, self.device = source.name, source.classes, config, device
-        self.shaken = shake and source.natural
+        self.augmented = augment and source.natural
         splits = source.draw(seed, config.image_size)
         self.splits = {split: (self.near(x), self.near(y)) for split, (x, y) in splits.items()}
-        self.facts = {"data": source.name, "sha256": sha256_of(splits["test"][0]), "per_class": source.per_class,
-                      "shake": self.shaken}
+        self.data_config = {"data": source.name, "sha256": sha256_of(splits["test"][0]), "per_class": source.per_class,
+                      "augment": self.augmented}
         if source.val_per_class:
-            self.facts["val_per_class"] = source.val_per_class
+            self.data_config["val_per_class"] = source.val_per_class
 
     def near(self, x):
         return x.to(self.device) if x.numel() < 2**30 else x
@@ -57,7 +57,7 @@ class Pictures:
         x, y = self.splits["train"]
         index = pick(len(y), size, generator("images", seed, step)).to(x.device, non_blocking=True)
         shown = self.prepared(x[index])
-        return shake(shown, seed, step) if self.shaken else shown, y[index]
+        return augment(shown, seed, step) if self.augmented else shown, y[index]
 
     def loss(self, model, x, y):
         return F.cross_entropy(model(x), y)
@@ -99,10 +99,10 @@ def prepare(images, size, mean, std):
     return (x - channels(mean)) / channels(std)
 
 
-def shake(x, seed, step):
+def augment(x, seed, step):
     """Light augmentation of (B, C, S, S): half of them mirrored, each shifted by up to S / 8, edges reflected."""
     B, _, S, _ = x.shape
-    g, most = generator("shake", seed, step), S // 8
+    g, most = generator("augment", seed, step), S // 8
     mirrored = torch.rand(B, generator=g) < 0.5
     shift = torch.randint(2 * most + 1, (B, 2), generator=g).tolist()
     x = torch.where(mirrored.view(-1, 1, 1, 1).to(x.device, non_blocking=True), x.flip(3), x)

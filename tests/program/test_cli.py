@@ -7,12 +7,12 @@ import torch
 
 import train_gpt
 import train_vit
-from svmini import GPT, METHODS, GPTConfig, ViT, ViTConfig, adapt, command_line, export, files, generate, predict
+from svmini import GPT, METHODS, GPTConfig, ViT, ViTConfig, adapt, cli, export, files, generate, predict
 from svmini import save_adapter
 from svmini.data import glyphs, text
-from svmini.data.questions import Arithmetic
+from svmini.data.arithmetic import Arithmetic
 from svmini.errors import InputError, MissingFile
-from svmini.methods import parse_word, same_word
+from svmini.methods import parse_spec, canonical_spec
 from svmini.methods.lora import LoRA
 from svmini.model_file import save_model
 from svmini.training import compare, pretrain
@@ -20,7 +20,7 @@ from svmini.training.loop import Diverged, Stopped
 
 SIZES = {"n_layer": 1, "n_head": 2, "d_model": 16}
 MAINS = {"gpt": train_gpt.main, "vit": train_vit.main} | {
-    name: (lambda argv, tool=tool: command_line.run(tool.command, argv))
+    name: (lambda argv, tool=tool: cli.run_command(tool.command, argv))
     for name, tool in (("generate", generate), ("predict", predict), ("export", export))}
 
 
@@ -39,7 +39,7 @@ def things(tmp_path_factory):
     torch.save(vit.to_torchvision(), folder / "raw-vit.pt")
     torch.save({"kind": "svmini model", "content": 3}, folder / "odd.pt")
     torch.save({"a": torch.ones(2)}, folder / "other.pt")
-    save_adapter(adapt(vit.new_head(26), "lora", rank=2), folder / "vit-adapter.pt",
+    save_adapter(adapt(vit.reset_classifier(26), "lora", rank=2), folder / "vit-adapter.pt",
                  {"data": "glyphs B", "image_size": 24, "classes": list("abcdefghijklmnopqrstuvwxyz")})
     save_adapter(adapt(gpt, "svft"), folder / "gpt-adapter.pt")
     files.save(folder / "run.pt", "run", {})
@@ -55,7 +55,7 @@ def things(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Small pictures and a short library: these tests are about words. No training must start in them."""
+    """Small pictures and a short library: these tests are about specs. No training must start in them."""
     for which in "AB":
         monkeypatch.setitem(glyphs.GLYPHS[which], "sizes", {"train": 2, "val": 1, "test": 1})
     library = text.stdlib_source()[:30_000]
@@ -64,8 +64,8 @@ def quick(monkeypatch):
         monkeypatch.setattr(module, "train", lambda *a, **k: pytest.fail("training started"))
 
 
-def refused(main, argv, words, folder, capsys):
-    """main(argv) says one line that has all words, returns 2 and leaves every file in the folder as it was."""
+def refused(main, argv, specs, folder, capsys):
+    """main(argv) says one line that has all specs, returns 2 and leaves every file in the folder as it was."""
     def listing():
         return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -74,17 +74,17 @@ def refused(main, argv, words, folder, capsys):
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and captured.err.endswith("\n"), captured.err
-    for word in words:
-        assert word in lines[0], f"{word!r} is not in {lines[0]!r}"
+    for spec in specs:
+        assert spec in lines[0], f"{spec!r} is not in {lines[0]!r}"
     assert listing() == before
 
 
-# What both scripts see before they make a folder: the command line, and words that the message must have.
+# What both scripts see before they make a folder: the command line, and specs that the message must have.
 FLAGS = [
     ("finetune --methods svft", "finetune", "--help"), ("--no-such-flag 3", "--no-such-flag"),
     ("--method svft", "--method"),
     ("--quick --methods svft", "--methods", "not allowed with", "--quick"),
-    ("--tune 3 --lr 0.1", "--lr", "not allowed with", "--tune"),
+    ("--lr-sweep 3 --lr 0.1", "--lr", "not allowed with", "--lr-sweep"),
     ("--init x.pt --base-data glyphs", "--base-data", "not allowed with", "--init"),
     ("--n-layer 2", "--n-layer"), ("--format gpt2", "--format"), ("--n-head 2", "--n-head", "--init"),
     ("pretrain --quick", "--quick"), ("pretrain --methods svft", "--methods"), ("pretrain --init x.pt", "--init"),
@@ -93,9 +93,9 @@ FLAGS = [
     ("--steps 0", "--steps", "a whole number of at least 1"), ("--steps -3", "of at least 1", "'-3'"),
     ("--steps 2.5", "a whole number", "'2.5'"), (f"--steps {2**63}", "a whole number"),
     ("--batch-size 0", "--batch-size"),
-    ("--seed -1", "--seed", "of at least 0"), ("--seeds 0", "--seeds", "of at least 1"), ("--tune 0", "--tune"),
+    ("--seed -1", "--seed", "of at least 0"), ("--seeds 0", "--seeds", "of at least 1"), ("--lr-sweep 0", "--lr-sweep"),
     ("--save-every -1", "--save-every", "of at least 0"), ("--eval-every 1.5", "--eval-every"),
-    ("--accumulate 0", "--accumulate", "of at least 1"), ("pretrain --n-layer 0", "--n-layer", "of at least 1"),
+    ("--grad-accum-steps 0", "--grad-accum-steps", "of at least 1"), ("pretrain --n-layer 0", "--n-layer", "of at least 1"),
     ("pretrain --d-model x", "--d-model", "a whole number"), ("--data xyz", "no 'xyz'", "choose from"),
     ("--device gpu", "--device", "'gpu'", "cpu"), ("--dtype float8", "--dtype", "'float8'", "bfloat16"),
     ("--targets ,", "--targets", "query,value"), ("--methods", "--methods", "expected at least one"),
@@ -111,10 +111,10 @@ FLAGS = [
 
 
 @pytest.mark.parametrize("script", ["gpt", "vit"])
-@pytest.mark.parametrize("argv, words", [(argv, words) for argv, *words in FLAGS], ids=[row[0] for row in FLAGS])
-def test_flags(script, argv, words, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("argv, specs", [(argv, specs) for argv, *specs in FLAGS], ids=[row[0] for row in FLAGS])
+def test_flags(script, argv, specs, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refused(MAINS[script], argv.split(), words, tmp_path, capsys)
+    refused(MAINS[script], argv.split(), specs, tmp_path, capsys)
     assert not list(tmp_path.iterdir()), "no folder is made for a command that cannot work"
 
 
@@ -155,9 +155,9 @@ TABLES = {
         ("--data arithmetic --init FILES/text.pt", "text.pt", "does not go with --data arithmetic"),
         ("--data topics --init FILES/arithmetic.pt", "speaks arithmetic", "does not go with --data topics"),
         ("--data topics --base-data arithmetic", "arithmetic speaks arithmetic", "does not go with --data topics"),
-        ("--context 129 --init FILES/text.pt", "longer than the model's, 128"),
-        ("--data arithmetic --context 64", "text"),
-        ("pretrain --data arithmetic --context 64", "--context belongs to text"), ("pretrain --n-head 3", "divisible"),
+        ("--block-size 129 --init FILES/text.pt", "longer than the model's, 128"),
+        ("--data arithmetic --block-size 64", "text"),
+        ("pretrain --data arithmetic --block-size 64", "--block-size belongs to text"), ("pretrain --n-head 3", "divisible"),
         ("pretrain --data gsm8k", "no 'gsm8k'", "stdlib")],
     "vit": BOTH + [
         ("--data glyps", "no 'glyps'", "did you mean 'glyphs'?"), ("--head-lr 0", "--head-lr", "above 0"),
@@ -180,7 +180,7 @@ TABLES = {
         ("--prompt 1", "--init"), ("--init FILES/arithmetic.pt", "--prompt"),
         ("--init FILES/text.pt --prompt=", "at least one"),
         *((f"--init FILES/arithmetic.pt --prompt 1 {flag}", flag.split()[0], "of at least") for flag in (
-            "--temperature -1", "--temperature nan", "--length 0", "--top-k 0")),
+            "--temperature -1", "--temperature nan", "--max-new-tokens 0", "--top-k 0")),
         ("--init FILES/arithmetic.pt --prompt 12x4=é", "0123456789+-=", "'x'", "'é'"),
         ("--init FILES/vit.pt --prompt 1", "holds a ViT, not a GPT"),
         ("--init FILES/nameless.pt --prompt 1", "which tokenizer"),
@@ -208,15 +208,15 @@ TABLES = {
         ("--init FILES/vit.pt --adapter FILES/vit-adapter.pt --out FILES", "directory")]}
 
 
-@pytest.mark.parametrize("name, argv, words", [
-    pytest.param(name, argv, words, id=f"{name} {argv}") for name, table in TABLES.items() for argv, *words in table])
-def test_input(name, argv, words, things, tmp_path, capsys):
+@pytest.mark.parametrize("name, argv, specs", [
+    pytest.param(name, argv, specs, id=f"{name} {argv}") for name, table in TABLES.items() for argv, *specs in table])
+def test_input(name, argv, specs, things, tmp_path, capsys):
     argv = [part.replace("FILES", str(things)) for part in argv.split()]
     argv += ["--device", "cpu"] if name != "export" else []
     if "--out" not in argv and name != "generate":
         argv += ["--out", str(tmp_path / "out")]
     before = {p: p.read_bytes() for p in things.iterdir()}
-    refused(MAINS[name], argv, words, tmp_path, capsys)
+    refused(MAINS[name], argv, specs, tmp_path, capsys)
     assert {p: p.read_bytes() for p in things.iterdir()} == before
 
 
@@ -240,7 +240,7 @@ def test_every_end_that_is_the_users_is_one_line_and_a_code(error, code, capsys)
     def main(argv):
         raise error
 
-    assert command_line.run(main, []) == code
+    assert cli.run_command(main, []) == code
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -251,8 +251,8 @@ def test_a_mistake_of_ours_keeps_its_traceback(error):
         raise error
 
     with pytest.raises(type(error)):
-        command_line.run(main, [])
-    assert command_line.run(lambda argv: None, []) == 0 == command_line.run(lambda argv: 0, [])
+        cli.run_command(main, [])
+    assert cli.run_command(lambda argv: None, []) == 0 == cli.run_command(lambda argv: 0, [])
 
 
 def test_a_mistake_in_a_students_method_keeps_its_traceback(things, tmp_path, monkeypatch):
@@ -263,32 +263,32 @@ def test_a_mistake_in_a_students_method_keeps_its_traceback(things, tmp_path, mo
                         "--steps", "1", "--device", "cpu", "--out", str(tmp_path)])
 
 
-@pytest.mark.parametrize("name, words", [("gpt", ["full, head", *METHODS, "--resume", "--tune", "--context", "topics"]),
+@pytest.mark.parametrize("name, specs", [("gpt", ["full, head", *METHODS, "--resume", "--lr-sweep", "--block-size", "topics"]),
                                          ("vit", ["full, head", *METHODS, "--head-lr", "--image-size", "glyphs"]),
                                          ("generate", ["--top-k"]), ("predict", ["--data-dir"]),
                                          ("export", ["torchvision"])])
-def test_help_names_every_flag_on_one_line(name, words, capsys):
+def test_help_names_every_flag_on_one_line(name, specs, capsys):
     with pytest.raises(SystemExit) as caught:
         MAINS[name](["--help"])
     out = capsys.readouterr().out
-    assert caught.value.code == 0 and all(word in out for word in words)
+    assert caught.value.code == 0 and all(spec in out for spec in specs)
     flags = [line for line in out.splitlines() if line.startswith("  --")]
     assert flags and all(len(line.split("  ")) > 2 for line in flags), "its help beside it"
 
 
-# ---- argparse types and method words ----
+# ---- argparse types and method specs ----
 
 def test_types():
-    number = command_line.number
+    number = cli.number
     assert number(1)("3") == 3 and number(0, float)("0") == 0 and number(0, float, True)("1e-3") == 1e-3
-    assert command_line.names("query,,value") == ("query", "value")
-    assert command_line.one_of(["a", "file:PATH"])("file:x:y") == "file:x:y"
-    for convert, bad in ((number(0, float, True), "0"), (number(1), "1e3"), (command_line.one_of(["a"]), "file:x")):
+    assert cli.names("query,,value") == ("query", "value")
+    assert cli.one_of(["a", "file:PATH"])("file:x:y") == "file:x:y"
+    for convert, bad in ((number(0, float, True), "0"), (number(1), "1e3"), (cli.one_of(["a"]), "file:x")):
         with pytest.raises(argparse.ArgumentTypeError):
             convert(bad)
 
 
-@pytest.mark.parametrize("word, parsed", [
+@pytest.mark.parametrize("spec, parsed", [
     ("svfit", ("svfit", {}, None)), ("full", ("full", {}, None)), ("head", ("head", {}, None)),
     ("lora:", ("lora", {}, None)),
     ("lora:rank=8,init=pissa", ("lora", {"rank": 8, "init": "pissa"}, None)), ("svft@query", ("svft", {}, ("query",))),
@@ -296,17 +296,17 @@ def test_types():
      ("svft", {"pattern": "banded", "off_diagonals": 8}, ("query", "value"))),
     ("svfit:energy=0.9", ("svfit", {"energy": 0.9}, None)), ("svfit:rank=None", ("svfit", {"rank": None}, None)),
     ("dora:detach_norm=False", ("dora", {"detach_norm": False}, None))])
-def test_method_words(word, parsed):
-    assert parse_word(word) == parsed
+def test_method_specs(spec, parsed):
+    assert parse_spec(spec) == parsed
 
 
-@pytest.mark.parametrize("word, words", [
+@pytest.mark.parametrize("spec, specs", [
     ("", "there is no method ''"), ("lora rank=8", "no method"), ("LoRA", "no method 'LoRA'"),
     (":rank=8", "no method ''"),
     ("lora:rank=8@", "after @"), ("lora:=8", "has no option ''")])
-def test_method_words_that_are_none(word, words):
-    with pytest.raises(InputError, match=words):
-        parse_word(word)
+def test_method_words_that_are_none(spec, specs):
+    with pytest.raises(InputError, match=specs):
+        parse_spec(spec)
 
 
 @pytest.mark.parametrize("a, b, equal", [
@@ -316,5 +316,5 @@ def test_method_words_that_are_none(word, words):
     ("vera:d_init=0.1", "vera", True),
     ("lora:rank=4", "lora:rank=8", False), ("svft@query", "svft", False), ("lora", "dora", False),
     ("svft:pattern=plain", "svfit", False), ("lora:alpha=8", "lora", False)])
-def test_same_word(a, b, equal):
-    assert (same_word(a) == same_word(b)) is equal
+def test_same_spec(a, b, equal):
+    assert (canonical_spec(a) == canonical_spec(b)) is equal

@@ -1,18 +1,18 @@
-"""Learning rates of methods, found by --tune on validation data: docs/results.md has the grids. GPT's published ones
+"""Learning rates of methods, found by --lr-sweep on validation data: docs/results.md has the grids. GPT's published ones
 are a first try.
 
-{what is adapted to, or "published" for a base with published weights: {method word: learning rate}}
-A word that is not here begins at its method's own `lr`.
+{what is adapted to, or "published" for a base with published weights: {method spec: learning rate}}
+A spec that is not here begins at its method's own `lr`.
 """
 
-VIT = {   # by what is adapted to; other sets take the glyphs'
+VIT_LEARNING_RATES = {   # by what is adapted to; other sets take the glyphs'
     "glyphs": {
         "head": 1.6e-1, "full": 5e-4, "svfit": 1.2e-1, "svft:pattern=plain": 1.2e-1, "svft:off_diagonals=2": 2.5e-2,
         "svft:off_diagonals=8": 1e-2, "lora:rank=1": 1e-2, "lora:rank=2": 1e-2, "lora:rank=8": 5e-3,
         "dora:rank=8": 5e-3, "vera:rank=256": 5e-2, "svft:rank=32,off_diagonals=8": 1e-2,
         "svft:pattern=plain,basis=random": 8e-2, "svft:off_diagonals=2,basis=random": 2e-2,
         "svft:off_diagonals=8,basis=random": 1e-2, "svft:rank=32,off_diagonals=8,basis=random": 4e-2,
-        "entries:off_diagonals=0": 8e-2, "entries:off_diagonals=2": 2e-2, "entries:off_diagonals=8": 1e-2,
+        "random_mask:off_diagonals=0": 8e-2, "random_mask:off_diagonals=2": 2e-2, "random_mask:off_diagonals=8": 1e-2,
         "boft:block_size=4,factors=2": 2e-2, "boft:block_size=2,factors=1": 8e-2, "svft:off_diagonals=32": 2.5e-3,
         "lora:rank=32": 2.5e-3, "vera:rank=16": 5e-2, "svfit:rank=8": 3e-2, "svfit:rank=32": 6e-2,
         "svft:pattern=random,off_diagonals=0": 6e-2,
@@ -24,11 +24,11 @@ VIT = {   # by what is adapted to; other sets take the glyphs'
     "fashionmnist": {
         "head": 6.4e-1, "svfit": 6e-2, "svft:pattern=plain": 6e-2, "svft:off_diagonals=2": 5e-2,
         "svft:pattern=plain,basis=random": 8e-2, "svft:off_diagonals=2,basis=random": 4e-2,
-        "entries:off_diagonals=0": 4e-2, "entries:off_diagonals=2": 4e-2, "entries:off_diagonals=8": 5e-3,
+        "random_mask:off_diagonals=0": 4e-2, "random_mask:off_diagonals=2": 4e-2, "random_mask:off_diagonals=8": 5e-3,
         "svft:rank=32,off_diagonals=8,basis=random": 2e-2},
     "mnist": {
         "head": 3.2e-1, "svft:off_diagonals=8": 2e-2, "svft:off_diagonals=8,basis=random": 2e-2,
-        "entries:off_diagonals=0": 1.6e-1, "entries:off_diagonals=8": 5e-3, "svft:rank=32,off_diagonals=8": 2e-2},
+        "random_mask:off_diagonals=0": 1.6e-1, "random_mask:off_diagonals=8": 5e-3, "svft:rank=32,off_diagonals=8": 2e-2},
     # found on a DINOv2 ViT-S/14, 8 pictures a class (docs/results.md); lora 2 and boft are a first try
     "published": {
         "head": 2e-2, "full": 5e-6, "svfit": 1e-2, "svft:pattern=plain": 1e-2, "svft:off_diagonals=2": 2e-3,
@@ -36,20 +36,20 @@ VIT = {   # by what is adapted to; other sets take the glyphs'
         "dora:rank=8": 2e-3, "vera:rank=256": 1e-2, "boft:block_size=4,factors=2": 4e-3},
 }
 
-GPT = {   # by the kind of data; question-answer pairs take the text's
+GPT_LEARNING_RATES = {   # by the kind of data; question-answer pairs take the text's
     "text": {
         "full": 4e-3, "svfit": 3.2e-1, "svft:pattern=plain": 3.2e-1, "svft:off_diagonals=2": 8e-2,
         "svft:off_diagonals=8": 4e-2, "lora:rank=1": 4e-2, "lora:rank=2": 2e-2, "lora:rank=8": 2e-2,
         "dora:rank=8": 2e-2, "vera:rank=256": 1e-1, "svft:pattern=plain,basis=random": 3.2e-1,
         "svft:off_diagonals=2,basis=random": 8e-2, "svft:off_diagonals=8,basis=random": 4e-2,
         "svft:rank=32,off_diagonals=8": 4e-2, "svft:rank=32,off_diagonals=8,basis=random": 8e-2,
-        "entries:off_diagonals=0": 1.6e-1, "entries:off_diagonals=2": 8e-2, "entries:off_diagonals=8": 4e-2},
+        "random_mask:off_diagonals=0": 1.6e-1, "random_mask:off_diagonals=2": 8e-2, "random_mask:off_diagonals=8": 4e-2},
     "arithmetic": {
         "full": 4e-3, "svfit": 1.6e-1, "svft:pattern=plain": 1.6e-1, "svft:off_diagonals=2": 8e-2,
         "svft:off_diagonals=8": 2e-2, "svft:pattern=plain,basis=random": 1.6e-1,
         "svft:off_diagonals=2,basis=random": 8e-2, "svft:off_diagonals=8,basis=random": 2e-2,
-        "svft:pattern=random,off_diagonals=0": 1.6e-1, "entries:off_diagonals=0": 1.6e-1,
-        "entries:off_diagonals=2": 4e-2, "entries:off_diagonals=8": 2e-2, "svft:rank=32,off_diagonals=8": 2e-2,
+        "svft:pattern=random,off_diagonals=0": 1.6e-1, "random_mask:off_diagonals=0": 1.6e-1,
+        "random_mask:off_diagonals=2": 4e-2, "random_mask:off_diagonals=8": 2e-2, "svft:rank=32,off_diagonals=8": 2e-2,
         "svft:rank=32,off_diagonals=8,basis=random": 4e-2, "lora:rank=1": 1e-2, "lora:rank=2": 1e-2,
         "lora:rank=8": 5e-3, "dora:rank=8": 1e-2, "vera:rank=256": 5e-2},
     # svft's are those of its authors' scripts for Gemma-2B, the others a customary first try

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn as nn
 
-from svmini import GPT, GPTConfig, adapt, learned, save_adapter
-from svmini.command_line import run
+from svmini import GPT, GPTConfig, adapt, analyze, save_adapter
+from svmini.cli import run_command
 from svmini.methods.svd import thin_svd
 from svmini.model_file import save_model
 
@@ -41,7 +41,7 @@ def trained(method, net=Net, targets=None, size=0.3, **options):
                                                    ("svft", {}, 16), ("svft", {"rank": 4, "basis": "random"}, 4)])
 def test_numbers_against_numpy(method, options, rank):
     base, model = trained(method, **options)
-    found = learned.study_all(base, model)
+    found = analyze.analyze_model(base, model)
     assert list(found) == ["square", "tall", "wide"]
     for name, f in found.items():
         W0, W = (m.get_submodule(name).weight.detach().double().numpy() for m in (base, model))
@@ -58,7 +58,7 @@ def test_numbers_against_numpy(method, options, rank):
 @pytest.mark.parametrize("method, options", [("svft", {"pattern": "plain"}), ("svfit", {})])
 def test_the_diagonal_is_what_svft_and_svfit_train(method, options):
     base, model = trained(method, **options)
-    for name, f in learned.study_all(base, model, spectra=False).items():
+    for name, f in analyze.analyze_model(base, model, spectra=False).items():
         part = model.get_submodule(name)
         moved = part.M if method == "svft" else part.s - thin_svd(base.get_submodule(name).weight)[1]
         torch.testing.assert_close(f["C"].float(), torch.diag(moved.detach().abs()), rtol=0, atol=1e-5)
@@ -68,14 +68,14 @@ def test_the_diagonal_is_what_svft_and_svfit_train(method, options):
 def test_the_leading_quarter_and_the_rank_of_one_direction(place, share):
     base, model = trained("svft", size=0, pattern="plain")
     model.wide.M.data[place] = 0.2
-    found = learned.study_all(base, model)
+    found = analyze.analyze_model(base, model)
     assert found["wide"]["leading"].item() == pytest.approx(share, abs=1e-6) and found["wide"]["rank"] == 1
     assert found["square"]["rank"] == 0 and found["square"]["size"] < 1e-6   # nothing but rounding
 
 
 def test_a_band_is_laid_flat():
     C = torch.arange(25.0).view(5, 5)
-    flat = learned.band(C, 2)
+    flat = analyze.band(C, 2)
     for i in range(5):
         for off in range(-2, 3):
             assert flat[2 + off, i] == C[i, i + off] if 0 <= i + off < 5 else flat[2 + off, i].isnan()
@@ -87,34 +87,34 @@ def test_the_command_prints_and_draws(method, options, tmp_path, capsys):
     base, model = trained(method, gpt, ("query", "up"), **options)
     save_model(tmp_path / "model.pt", base, {"data": "x"})
     save_adapter(model, tmp_path / "adapter.pt")
-    assert run(learned.command, ["--init", str(tmp_path / "model.pt"), "--adapter", str(tmp_path / "adapter.pt")]) == 0
+    assert run_command(analyze.command, ["--init", str(tmp_path / "model.pt"), "--adapter", str(tmp_path / "adapter.pt")]) == 0
     out = capsys.readouterr().out
     rows = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")][2:]
     assert rows == ["blocks.0.attention.query", "blocks.0.mlp.up", "blocks.1.attention.query", "blocks.1.mlp.up",
                     "mean of query", "mean of up"]
     assert ("diagonal:" in out) == (options == {"off_diagonals": 2})
     pytest.importorskip("matplotlib")
-    picture = pytest.importorskip("PIL.Image").open(tmp_path / "learned.png")
+    picture = pytest.importorskip("PIL.Image").open(tmp_path / "analysis.png")
     assert picture.getpixel((0, 0))[3] == 0, "it is to be transparent, for dark pages"
     assert picture.height == (576 if options == {"off_diagonals": 2} else 360)   # a band has a second row
 
 
 def test_the_best_row_of_a_comparison(tmp_path, monkeypatch, capsys):
     drawn = []
-    monkeypatch.setattr(learned, "draw", lambda path, layers, method, _: drawn.append((method, len(layers))) or True)
-    base, rows = gpt(), [{"method": word, "seed": 3, "metric": loss, "higher_is_better": False} for word, loss in (
-        ("start", 0.5), ("svft:pattern=plain", 2.0), ("svfit", 1.5), ("lora:rank=8", 1.0), ("svft", None))]
+    monkeypatch.setattr(analyze, "draw", lambda path, layers, method, _: drawn.append((method, len(layers))) or True)
+    base, rows = gpt(), [{"method": spec, "seed": 3, "metric": loss, "higher_is_better": False} for spec, loss in (
+        ("zero-shot", 0.5), ("svft:pattern=plain", 2.0), ("svfit", 1.5), ("lora:rank=8", 1.0), ("svft", None))]
     save_adapter(trained("svfit", gpt)[1], tmp_path / "runs" / "svfit-seed3" / "adapter.pt")
-    learned.draw_best(tmp_path, rows, base)
+    analyze.draw_best(tmp_path, rows, base)
     assert drawn == [("svfit", 12)] and "what svfit learned" in capsys.readouterr().out
-    learned.draw_best(tmp_path, rows[3:], base)
+    analyze.draw_best(tmp_path, rows[3:], base)
     assert len(drawn) == 1 and not hasattr(base, "adaptation")
 
 
 def test_what_cannot_be_shown(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert learned.draw(tmp_path / "p.png", learned.study_all(*trained("svfit")), "svfit", {}) is False
+    assert analyze.draw(tmp_path / "p.png", analyze.analyze_model(*trained("svfit")), "svfit", {}) is False
     with pytest.raises(ValueError, match="a head alone"):
-        learned.study_all(Net(), adapt(Net(), "head", also_train=("wide",)))
-    assert run(learned.command, ["--init", "nowhere.pt", "--adapter", "x.pt"]) == 2
+        analyze.analyze_model(Net(), adapt(Net(), "head", also_train=("wide",)))
+    assert run_command(analyze.command, ["--init", "nowhere.pt", "--adapter", "x.pt"]) == 2
     assert "nowhere.pt" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -6,7 +6,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from small_models import seeded
 from svmini import GPT, GPTConfig
-from svmini.models.transformer import Cache
+from svmini.models.transformer import KVCache
 
 
 def model_of(context, seed=0):
@@ -61,9 +61,9 @@ def reads(model):
 @pytest.mark.parametrize("pad", [0, 17])
 def test_rows_of_different_lengths_in_pieces(pad):
     """Five tokens, one, one, three at once, two rows left out on the way; what stands in the padding is never seen."""
-    model, rows, cache = model_of(24), prompts_of(5, 2, 4, 1), Cache(24)
+    model, rows, cache = model_of(24), prompts_of(5, 2, 4, 1), KVCache(24)
     x = pad_sequence(rows, batch_first=True, padding_value=pad)
-    got = model(x, at=torch.tensor([4, 1, 3, 0]), cache=cache)
+    got = model(x, last_positions=torch.tensor([4, 1, 3, 0]), cache=cache)
     going, g = [0, 1, 2, 3], seeded(1)
     for n in (1, 1, 3, 1):
         expected = torch.stack([model(rows[i][None])[0, -1] for i in going])
@@ -109,29 +109,29 @@ def test_answers_are_those_given_one_by_one():
     assert {1, 5, 10} <= {len(answer) for answer in ended}, "at once, on the way, never"
     for batch_size in (1, 4, 100):
         for until, right in ((None, expected), (end, ended)):
-            got = model.answer(prompts, 10, until, batch_size)
+            got = model.generate_greedy(prompts, 10, until, batch_size)
             assert len(got) == 9 and all(map(torch.equal, got, right))
-    assert [len(a) for a in model.answer(prompts, 0)] == [0] * 9 and model.answer([], 5) == []
+    assert [len(a) for a in model.generate_greedy(prompts, 0)] == [0] * 9 and model.generate_greedy([], 5) == []
 
 
 def test_answers_in_a_full_context():
     model, prompts = model_of(12), prompts_of(12, 13, 10, 3, 40)
-    got = model.answer(prompts, 6)
+    got = model.generate_greedy(prompts, 6)
     assert [len(answer) for answer in got] == [1, 0, 3, 6, 0]
     assert all(torch.equal(answer, answer_anew(model, p, 6)) for p, answer in zip(prompts, got) if len(p) <= 12)
-    assert all(map(torch.equal, model.answer(prompts, 100), (answer_anew(model, p, 100) for p in prompts)))
+    assert all(map(torch.equal, model.generate_greedy(prompts, 100), (answer_anew(model, p, 100) for p in prompts)))
 
 
 def test_answers_take_no_step_too_many():
     model, prompts = model_of(40), prompts_of(4, 4)
     seen = reads(model)
-    both = model.answer(prompts, 3)
+    both = model.generate_greedy(prompts, 3)
     assert seen == [(False, 2, 4), (False, 2, 1), (False, 2, 1)]
     end = int(both[0][0])
     assert int(both[1][0]) != end
     seen.clear()
-    model.answer(prompts, 2, end)
+    model.generate_greedy(prompts, 2, end)
     assert seen == [(False, 2, 4), (False, 1, 1)]
     seen.clear()
-    model.answer(prompts_of(9, 2, 8, 3), 1, batch_size=2)
+    model.generate_greedy(prompts_of(9, 2, 8, 3), 1, batch_size=2)
     assert seen == [(False, 2, 3), (False, 2, 9)], "prompts of like length together"

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import functional
 
-from svmini.data.pictures import IMAGENET, Pictures, prepare, save_grid, shake
+from svmini.data.images import IMAGENET, ImageClassification, prepare, save_grid, augment
 from svmini.files import sha256_of
 
 
@@ -45,7 +45,7 @@ def test_another_size_is_resized_as_torchvision_does(old, new):
 # ---- the light augmentation ----
 
 def copies(picture):
-    """Every (C, S, S) that shake may make of a picture, by (mirrored, row, column), built index by index."""
+    """Every (C, S, S) that augment may make of a picture, by (mirrored, row, column), built index by index."""
     S = picture.shape[-1]
     most = S // 8
     found = {}
@@ -60,10 +60,10 @@ def copies(picture):
 
 def test_every_picture_is_a_shifted_or_mirrored_copy():
     x = torch.randn(80, 2, 16, 16, generator=torch.Generator().manual_seed(0))
-    shaken = shake(x, seed=1, step=2)
-    assert shaken.shape == x.shape
+    augmented = augment(x, seed=1, step=2)
+    assert augmented.shape == x.shape
     how = []
-    for picture, result in zip(x, shaken):
+    for picture, result in zip(x, augmented):
         [key] = [key for key, copy in copies(picture).items() if torch.equal(copy, result)]
         how.append(key)
     mirrored = sum(m for m, _, _ in how)
@@ -76,9 +76,9 @@ def test_every_picture_is_a_shifted_or_mirrored_copy():
 def test_shaking_is_a_function_of_seed_and_step():
     x = torch.randn(16, 1, 24, 24, generator=torch.Generator().manual_seed(0))
     kept, before = x.clone(), torch.get_rng_state()
-    one = shake(x, 0, 5)
-    assert torch.equal(one, shake(x, 0, 5))
-    assert not torch.equal(one, shake(x, 0, 6)) and not torch.equal(one, shake(x, 1, 5))
+    one = augment(x, 0, 5)
+    assert torch.equal(one, augment(x, 0, 5))
+    assert not torch.equal(one, augment(x, 0, 6)) and not torch.equal(one, augment(x, 1, 5))
     assert torch.equal(x, kept) and torch.equal(before, torch.get_rng_state())
 
 
@@ -119,11 +119,11 @@ class Brightest(torch.nn.Module):
 
 def test_a_batch_is_a_function_of_data_seed_and_step():
     before = torch.get_rng_state()
-    task = Pictures(Source(), 1, CONFIG, "cpu")
+    task = ImageClassification(Source(), 1, CONFIG, "cpu")
     x, y = task.batch(32, seed=0, step=5)
     assert x.shape == (32, 1, 8, 8) and torch.equal(x.flatten(1)[:, :50].argmax(1), y) and len(y.unique()) == 32
     train = Source().draw(1, 8)["train"][0].float() / 255
-    assert torch.equal(x, train[y]), "the pictures are not shaken where a mirrored one is another's"
+    assert torch.equal(x, train[y]), "the pictures are not augmented where a mirrored one is another's"
     assert all(map(torch.equal, (x, y), task.batch(32, 0, 5)))
     assert not torch.equal(y, task.batch(32, 0, 6)[1]) and not torch.equal(y, task.batch(32, 1, 5)[1])
     assert torch.equal(before, torch.get_rng_state()), "the global generator is left alone"
@@ -131,19 +131,19 @@ def test_a_batch_is_a_function_of_data_seed_and_step():
 
 
 def test_training_pictures_of_a_natural_source_are_shaken_and_no_others():
-    plain, shaken = (Pictures(Source(natural=True), 0, CONFIG, "cpu", shake=on) for on in (False, True))
+    plain, augmented = (ImageClassification(Source(natural=True), 0, CONFIG, "cpu", augment=on) for on in (False, True))
     x, y = plain.batch(32, 2, 3)
-    again, same = shaken.batch(32, 2, 3)
-    assert torch.equal(y, same) and torch.equal(again, shake(x, 2, 3)) and not torch.equal(again, x)
-    assert (plain.facts["shake"], shaken.facts["shake"]) == (False, True)
-    assert shaken.evaluate(Brightest(), "test") == plain.evaluate(Brightest(), "test")
+    again, same = augmented.batch(32, 2, 3)
+    assert torch.equal(y, same) and torch.equal(again, augment(x, 2, 3)) and not torch.equal(again, x)
+    assert (plain.data_config["augment"], augmented.data_config["augment"]) == (False, True)
+    assert augmented.evaluate(Brightest(), "test") == plain.evaluate(Brightest(), "test")
 
 
 def test_pictures_are_prepared_as_the_model_expects_them():
     """With the mean and std that the model was trained with, not those of the source."""
     config = SimpleNamespace(image_size=12, mean=IMAGENET[0], std=IMAGENET[1])
     source = Source()
-    task = Pictures(source, 5, config, "cpu")
+    task = ImageClassification(source, 5, config, "cpu")
     assert source.asked == [(5, 12)]
     x, y = task.batch(50, 0, 0)
     train = source.draw(5, 12)["train"][0]
@@ -151,7 +151,7 @@ def test_pictures_are_prepared_as_the_model_expects_them():
 
 
 def test_accuracy_and_loss_of_a_split():
-    task = Pictures(Source(), 0, CONFIG, "cpu")
+    task = ImageClassification(Source(), 0, CONFIG, "cpu")
     model = Brightest()
     x, y = task.splits["val"]
     right = 100 * (y != 3).double().mean().item()
@@ -160,15 +160,15 @@ def test_accuracy_and_loss_of_a_split():
     logits = Brightest()(x.float() / 255)
     assert scores["loss"] == pytest.approx(F.cross_entropy(logits, y).item(), rel=1e-5)
     assert task.loss(model, x.float() / 255, y).item() == pytest.approx(scores["loss"], rel=1e-5)
-    large = Pictures(Source(), 0, SimpleNamespace(image_size=100, mean=(0.0,), std=(1.0,)), "cpu")
+    large = ImageClassification(Source(), 0, SimpleNamespace(image_size=100, mean=(0.0,), std=(1.0,)), "cpu")
     large.evaluate(model := Brightest(), "test")
     assert model.sizes == [64, 64, 2]
-    assert task.facts == {"data": "toy", "sha256": sha256_of(task.splits["test"][0]), "per_class": 7, "shake": False}
+    assert task.data_config == {"data": "toy", "sha256": sha256_of(task.splits["test"][0]), "per_class": 7, "augment": False}
     assert (task.name, task.metric, task.higher_is_better) == ("toy", "accuracy", True)
 
 
 def test_the_same_24_test_pictures_are_shown():
-    task = Pictures(Source(), 0, CONFIG, "cpu")
+    task = ImageClassification(Source(), 0, CONFIG, "cpu")
     x, y = task.shown()
     assert x.shape == (24, 1, 8, 8) and x.dtype == torch.uint8 and 15 < len(y.unique())
     assert torch.equal(x.flatten(1).argmax(1), y) and all(map(torch.equal, (x, y), task.shown()))

@@ -10,27 +10,27 @@ Beside SVFT it tells what the count alone does: here no singular vectors, nor an
 import torch
 import torch.nn as nn
 
-from .adapter import Adapter, whole
+from .adapter import Adapter, check_int
 from .svft import SVFT
 
 
-class Entries(Adapter):
+class RandomMask(Adapter):
     examples = ("off_diagonals=2",)
     test_options = ("off_diagonals=0,seed=3",)
     lr = 5e-3
 
     def __init__(self, linear, *, off_diagonals=2, seed=0):
         super().__init__(linear, off_diagonals=off_diagonals, seed=seed)
-        self.keep("W0", linear.weight)
+        self.register_frozen("W0", linear.weight)
         k = self.count(*linear.weight.shape, off_diagonals=off_diagonals)
         g = torch.Generator("cpu").manual_seed(seed)
         drawn = torch.randperm(linear.weight.numel(), generator=g, device="cpu")[:k]
-        self.register_buffer("where", drawn.sort().values.to(linear.weight.device))   # (k,): i d_in + j, stored
+        self.register_buffer("indices", drawn.sort().values.to(linear.weight.device))   # (k,): i d_in + j, stored
         self.e = nn.Parameter(linear.weight.new_zeros(k))
 
     @property
     def weight(self):
-        return self.W0.flatten().scatter_add(0, self.where, self.e).view_as(self.W0)   # (d_out, d_in)
+        return self.W0.flatten().scatter_add(0, self.indices, self.e).view_as(self.W0)   # (d_out, d_in)
 
     @staticmethod
     def count(d_out, d_in, *, off_diagonals=2, seed=0):
@@ -38,5 +38,5 @@ class Entries(Adapter):
 
     @staticmethod
     def check(d_out, d_in, *, off_diagonals=2, seed=0):
-        whole("off_diagonals", off_diagonals, 0, min(d_out, d_in) - 1)
-        whole("seed", seed, 0)
+        check_int("off_diagonals", off_diagonals, 0, min(d_out, d_in) - 1)
+        check_int("seed", seed, 0)

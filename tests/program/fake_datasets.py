@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from svmini.data.picture_sets import REAL
+from svmini.data.image_datasets import REAL
 
 TRAIN, TEST = 12, 3      # pictures a class; where a set has no test split, all 15 lie together
 
@@ -139,5 +139,5 @@ def build(which, data, patch):
     make = {"food101": build_food, "flowers102": build_flowers}.get(which)
     make = make or (build_mnist if which.endswith("mnist") else build_cifar if which.startswith("cifar") else None)
     if make is None:
-        pytest.skip(f"nobody has written down how the files of {which} look: tests/program/fake_sets.py")
+        pytest.skip(f"nobody has written down how the files of {which} look: tests/program/fake_datasets.py")
     return which, make(data, patch, dataset)

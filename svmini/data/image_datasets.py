@@ -16,7 +16,7 @@ from ..errors import InputError, MissingFile
 from ..files import one_line
 from ..rng import generator
 from .glyphs import GLYPHS, Glyphs
-from .pictures import IMAGENET
+from .images import IMAGENET
 
 
 class Real(NamedTuple):
@@ -54,8 +54,8 @@ VAL_PER_CLASS = 500    # at most so many training pictures a class, or a tenth o
 TEST_SHARE = 5         # where a set has no test split of its own, every fifth picture of a class is for testing
 
 
-def open_pictures(name, data_dir, seed=0, per_class=None, val_per_class=None):
-    """The source called name: "glyphs A", "glyphs B", a word of REAL, or "folder:PATH". See pictures.py for a source.
+def open_images(name, data_dir, seed=0, per_class=None, val_per_class=None):
+    """The source called name: "glyphs A", "glyphs B", a word of REAL, or "folder:PATH". See images.py for a source.
 
     data_dir: where real sets lie or are downloaded to. seed: of the glyphs, which are drawn once; real pictures are
     drawn anew for every seed. per_class=10: 8 pictures of each class to train, 2 to validate, and the whole test set,
@@ -67,15 +67,15 @@ def open_pictures(name, data_dir, seed=0, per_class=None, val_per_class=None):
     if name in glyphs:
         return Glyphs(glyphs[name], seed)
     if word == "folder" and path:
-        return RealPictures(name, FOLDER, *open_folder(Path(path).expanduser()), per_class, val_per_class)
+        return TorchvisionImages(name, FOLDER, *open_folder(Path(path).expanduser()), per_class, val_per_class)
     if name not in REAL:
         raise InputError(f"no picture set {name!r}: choose from {', '.join([*glyphs, *REAL])}, folder:PATH")
     if data_dir is None:
         raise InputError(f"{name} is read from files: give their folder by --data-dir, or use --data glyphs")
-    return RealPictures(name, REAL[name], *open_real(name, REAL[name], Path(data_dir)), per_class, val_per_class)
+    return TorchvisionImages(name, REAL[name], *open_real(name, REAL[name], Path(data_dir)), per_class, val_per_class)
 
 
-class RealPictures:
+class TorchvisionImages:
     """The pictures of torchvision datasets as a source. train, test: lists of datasets; test may be empty."""
 
     def __init__(self, name, real, train, test, per_class, val_per_class):
@@ -103,7 +103,7 @@ class RealPictures:
     def draw(self, seed, size):
         """{"train" | "val" | "test": (images (N, C, H, W) uint8, labels (N,) int64)} of this seed.
 
-        Pictures that lie in files are read as squares of the model's `size`, or of their own if that is smaller.
+        ImageClassification that lie in files are read as squares of the model's `size`, or of their own if that is smaller.
         """
         side = min(size, self.real.side or size)
         g = generator(self.word, "train", seed)
