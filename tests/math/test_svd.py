@@ -10,7 +10,7 @@ import svmini.methods.svd
 from layers import SHAPES, TOKENS, assert_close, layer_of, linear, shapes_of, tokens, specs
 from svmini import METHODS, adapt
 from svmini.methods import parse_spec
-from svmini.methods.svd import apply_beside, apply_factors, clear_svd_cache, thin_svd
+from svmini.methods.svd import apply_with_residual, apply_factors, clear_svd_cache, thin_svd
 
 
 @pytest.mark.parametrize("dtype, eps", [(torch.float32, 3e-6), (torch.float64, 3e-13)], ids=str)
@@ -127,7 +127,7 @@ def test_no_exact_order_is_cheaper_than_apply_factors(kind, shape):
 @pytest.mark.parametrize("shape", [(16, 16), (16, 64), (64, 16), (20, 16)], ids=str)
 @pytest.mark.parametrize("kind", ("diagonal", "any"))
 @pytest.mark.parametrize("rank", (2, 5, 8, 12, 15, 16))
-def test_neither_order_is_cheaper_than_apply_beside(rank, kind, shape):
+def test_neither_order_is_cheaper_than_apply_with_residual(rank, kind, shape):
     W0 = linear(shape).weight.detach()
     U, S, Vt = thin_svd(W0)
     U, Vt = U[:, :rank], Vt[:rank]
@@ -139,7 +139,7 @@ def test_neither_order_is_cheaper_than_apply_beside(rank, kind, shape):
     for T in MANY:
         built, thin = (flops(order, T, shape[1], core) for order in orders)
         thin += flops(lambda x: F.linear(x, W0), T, shape[1])
-        assert flops(lambda x, c: apply_beside(x, W0, U, c, Vt, None), T, shape[1], core) == min(built, thin)
+        assert flops(lambda x, c: apply_with_residual(x, W0, U, c, Vt, None), T, shape[1], core) == min(built, thin)
 
 
 # ---- modes ----
