@@ -39,9 +39,8 @@ class Adapter(nn.Module):
       - `register_frozen` holds what can be computed again from W0 and the options: state_dict() contains it, an adapter
         file does not. A buffer that cannot be computed again uses register_buffer, and the file holds it.
       - A step runs on the meta device, where tensors have no values: no `if` on a tensor, no tensor on another device.
-      - On a bf16 or fp16 layer, frozen tensors keep the base's dtype and parameters have self.param_dtype, which is
-        float32. A method needs nothing else for this if `weight` computes in the parameters' dtype and `forward` casts
-        parameters to the frozen tensors' dtype, as the methods here do.
+      - On a bf16 or fp16 layer, frozen tensors keep the base's dtype and this class makes parameters float32. A method
+        does nothing for this if `weight` computes in the parameters' dtype and `forward` casts them to that of W0.
     """
     examples = ()       # options such as "rank=8" or "rank=8@query,value": rows of --methods all and test cases
     test_options = ()   # further test cases
@@ -56,7 +55,6 @@ class Adapter(nn.Module):
         self.out_features, self.in_features = linear.weight.shape
         self.check(self.out_features, self.in_features, **options)
         self.options = options
-        self.param_dtype = linear.weight.dtype if linear.weight.dtype in TRAINABLE_DTYPES else torch.float32
         self.frozen = set()   # names of the buffers that an adapter file leaves out
         self.register_frozen("bias", linear.bias)
 
@@ -65,6 +63,12 @@ class Adapter(nn.Module):
         self.register_buffer(name, None if tensor is None else tensor.detach())
         self.frozen.add(name)
 
+    def register_parameter(self, name, param):
+        """Register a parameter, which `self.A = nn.Parameter(...)` calls: bf16 and fp16 become float32."""
+        if param is not None and param.dtype in HALF_DTYPES:
+            param = nn.Parameter(param.detach().float())
+        super().register_parameter(name, param)
+
     @property
     def weight(self):
         """The adapted weight (d_out, d_in), differentiable, in the dtype of the parameters."""
@@ -72,8 +76,8 @@ class Adapter(nn.Module):
 
     @property
     def base_dtype(self):
-        """The dtype of the frozen tensors, and so of the layer's products."""
-        return next(b.dtype for n, b in self.named_buffers() if n in self.frozen and b.is_floating_point())
+        """The dtype of the base layer, and so of the layer's products: that of the first buffer, the bias or W0."""
+        return next(b.dtype for b in self.buffers() if b.is_floating_point())
 
     def forward(self, x):
         """x (..., d_in) -> x weightᵀ + b (..., d_out)."""

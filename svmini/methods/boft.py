@@ -29,7 +29,7 @@ class BOFT(Adapter):
         self.c = b * 2 ** (factors - 1)
         self.register_frozen("W0", linear.weight)
         shape = factors, self.in_features // b, b * (b - 1) // 2
-        self.Q = nn.Parameter(linear.weight.new_zeros(shape, dtype=self.param_dtype))
+        self.Q = nn.Parameter(linear.weight.new_zeros(shape))
 
     def blocks(self):
         """Return the rotations of all factors (m, d_in / b, b, b), by the Cayley transform."""

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .adapter import Adapter, add_update
+from .adapter import HALF_DTYPES, Adapter, add_update
 from .lora import LoRA
 
 EPS = 1e-12   # as in torch.nn.functional.normalize
@@ -32,10 +32,10 @@ class DoRA(Adapter):
         W0 = linear.weight.detach()
         self.scale = (rank if alpha is None else alpha) / rank
         self.register_frozen("W0", W0)
-        self.m = nn.Parameter(W0.to(self.param_dtype).norm(dim=1).clamp_min(EPS))          # (d_out,)
-        self.A = nn.Parameter(W0.new_empty(rank, self.in_features, dtype=self.param_dtype))
+        self.m = nn.Parameter((W0.float() if W0.dtype in HALF_DTYPES else W0).norm(dim=1).clamp_min(EPS))          # (d_out,)
+        self.A = nn.Parameter(W0.new_empty(rank, self.in_features))
         nn.init.uniform_(self.A, -self.in_features ** -0.5, self.in_features ** -0.5)
-        self.B = nn.Parameter(W0.new_zeros(self.out_features, rank, dtype=self.param_dtype))
+        self.B = nn.Parameter(W0.new_zeros(self.out_features, rank))
 
     def ratio(self):
         """m / ‖W0 + (α/r) B A‖, row by row (d_out,)."""

@@ -32,9 +32,9 @@ class LoRA(Adapter):
             self.A = nn.Parameter(root[:, None] * Vt[:rank])    # (r, d_in)
             self.register_frozen("W0", (W0 - self.B @ self.A).to(W0.dtype))         # W_res
         else:
-            self.A = nn.Parameter(W0.new_empty(rank, self.in_features, dtype=self.param_dtype))
+            self.A = nn.Parameter(W0.new_empty(rank, self.in_features))
             nn.init.uniform_(self.A, -self.in_features ** -0.5, self.in_features ** -0.5)
-            self.B = nn.Parameter(W0.new_zeros(self.out_features, rank, dtype=self.param_dtype))
+            self.B = nn.Parameter(W0.new_zeros(self.out_features, rank))
             self.register_frozen("W0", W0)
 
     @property

@@ -27,7 +27,7 @@ class RandomMask(Adapter):
         g = torch.Generator("cpu").manual_seed(seed)
         drawn = torch.randperm(linear.weight.numel(), generator=g, device="cpu")[:k]
         self.register_buffer("indices", drawn.sort().values.to(linear.weight.device))   # (k,): i d_in + j, in the file
-        self.e = nn.Parameter(linear.weight.new_zeros(k, dtype=self.param_dtype))
+        self.e = nn.Parameter(linear.weight.new_zeros(k))
 
     @property
     def weight(self):

@@ -59,7 +59,7 @@ class SVFT(Adapter):
         self.register_frozen("Vt", Vt)                          # (r, d_in)
         k = self.count(*linear.weight.shape, **options)
         # The paper's M is a matrix (r, r). This parameter is the vector of its k trained entries; all others are zero.
-        self.M = nn.Parameter(torch.zeros(k, dtype=self.param_dtype, device=U.device))
+        self.M = nn.Parameter(torch.zeros(k, dtype=S.dtype, device=S.device))
         if pattern != "plain":
             indices = positions(pattern, U, Vt, off_diagonals, k, seed)        # (k,): M's entry (i, j) at i r + j
             if pattern == "banded":

@@ -33,8 +33,8 @@ class VeRA(Adapter):
         B = uniform(2 * seed + 1, self.out_features, rank) * (6 / rank) ** 0.5
         self.register_frozen("A", A.to(W0).contiguous())                            # (r, d_in)
         self.register_frozen("B", B.to(W0))                                         # (d_out, r)
-        self.b = nn.Parameter(W0.new_zeros(self.out_features, dtype=self.param_dtype))
-        self.d = nn.Parameter(W0.new_full((rank,), d_init, dtype=self.param_dtype))
+        self.b = nn.Parameter(W0.new_zeros(self.out_features))
+        self.d = nn.Parameter(W0.new_full((rank,), d_init))
 
     @property
     def weight(self):
