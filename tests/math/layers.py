@@ -9,7 +9,7 @@ from svmini.methods.adapter import Adapter
 
 EPS = {torch.float32: 1e-5, torch.float64: 1e-10}   # relative to the largest entry
 SHAPES = {"square": (16, 16), "wide": (16, 24), "tall": (24, 16)}
-TOKENS = (3, 20, 200)                               # few and many: test_svd.py shows that they take every path
+TOKENS = (3, 20, 200)                               # few and many, so that every order of products is taken
 
 
 def specs():
