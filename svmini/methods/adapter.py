@@ -46,11 +46,14 @@ class Adapter(nn.Module):
         self.out_features, self.in_features = linear.weight.shape
         self.check(self.out_features, self.in_features, **options)
         self.options = options
+        self.frozen = set()   # names of the buffers that an adapter file leaves out
         self.register_frozen("bias", linear.bias)
 
     def register_frozen(self, name, tensor):
-        """Hold a frozen tensor (or None) that can be made again from the base: it is moved, and not stored."""
-        self.register_buffer(name, None if tensor is None else tensor.detach(), persistent=False)
+        """Register a buffer (or None) that can be recomputed from the base: state_dict() holds it, an adapter file does
+        not."""
+        self.register_buffer(name, None if tensor is None else tensor.detach())
+        self.frozen.add(name)
 
     @property
     def weight(self):
@@ -72,10 +75,7 @@ class Adapter(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """.to(), .half() and their like come here. Refuses to round trained numbers."""
-        dtype = fn(torch.zeros(0, dtype=torch.float32, device="cpu")).dtype
-        if dtype not in TRAINABLE_DTYPES:
-            raise InputError(f"an adapter cannot become {dtype}: steps of its small numbers would be lost. "
-                             "Keep the model in float32 and use torch.autocast, or merge it first")
+        check_conversion(fn)
         return super()._apply(fn, recurse)
 
     def __getattr__(self, name):
@@ -83,6 +83,14 @@ class Adapter(nn.Module):
         if isinstance(getattr(type(self), name, None), property):
             return getattr(type(self), name).fget(self)
         return super().__getattr__(name)
+
+
+def check_conversion(fn):
+    """Raise InputError if fn, which .to(), .half() and the like apply to every tensor, would round float32 parameters."""
+    dtype = fn(torch.zeros(0, dtype=torch.float32, device="cpu")).dtype
+    if dtype not in TRAINABLE_DTYPES:
+        raise InputError(f"an adapter cannot become {dtype}, in which small training steps are lost: keep it in float32 "
+                         "and use torch.autocast, or merge it first")
 
 
 def add_update(x, W, bias, h, B):
