@@ -9,11 +9,11 @@ import torch
 from tqdm import tqdm
 
 from . import files
-from .adapting import (HALF_DTYPES, adaptation_of, adapted_weight, adapters_of, build, check_fit, digest, digests,
-                       dtype_of, fingerprint, full_precision, install, is_inside, modules_of, tensors_of, unadapted,
+from .adapting import (HALF_DTYPES, adaptation_of, adapted_weight, adapters_of, digest, digests, dtype_of,
+                       fingerprint, full_precision, install, is_inside, modules_of, tensors_of, unadapted,
                        unwrap, why_not)
 from .errors import InputError
-from .methods import check_options
+from .methods import METHODS, check_options
 
 TOLERANCE = 1e-4   # of ‖W z‖: above the rounding of another machine
 RECORD = ("method", "options", "targets", "also_train")
@@ -64,9 +64,8 @@ def trained_tensors(model, adaptation, adapters):
             trained[name] = tensor
         elif tensor is None or digest(tensor) != expected.get(name):
             if tensor is None or isinstance(tensor, torch.nn.Parameter) or name in frozen or name not in base:
-                raise InputError(
-                    f"{name} has changed since adapt, but is not trained: keep it fixed, put "
-                    f"{name.rpartition('.')[0]!r} into also_train, or load a state dict only after adapting its own base")
+                raise InputError(f"{name} has changed since adapt, but is not trained: keep it fixed, put its module into "
+                                 "also_train, or load a state dict only after adapting its own base")
             trained[name] = tensor   # a buffer, such as running statistics
     return trained
 
@@ -103,12 +102,11 @@ def check_base(content, model, tensors, base):
         if reason:
             raise InputError(f"it adapts {name}, which {reason}")
     for name, value in content["trained"].items():
-        expected = f"{tuple(value.shape)} in {value.dtype}"
-        if name not in tensors:
-            raise InputError(f"it holds {name} of shape {expected}, the model has no such tensor")
-        tensor = tensors[name]
-        if tensor.shape != value.shape or tensor.dtype != value.dtype and tensor.dtype in HALF_DTYPES:
-            raise InputError(f"it holds {name} of shape {expected}, the model has {tuple(tensor.shape)} in {tensor.dtype}")
+        tensor = tensors.get(name)
+        rounds = tensor is not None and tensor.dtype in HALF_DTYPES and tensor.dtype != value.dtype
+        if tensor is None or tensor.shape != value.shape or rounds:
+            has = "no such tensor" if tensor is None else f"{tuple(tensor.shape)} in {tensor.dtype}"
+            raise InputError(f"it holds {name} of shape {tuple(value.shape)} in {value.dtype}, the model has {has}")
     if content["base"] != fingerprint(base, content["trained"]):
         dtypes = "" if content["dtype"] == dtype_of(model) else (
             f"; its values were in {content['dtype']}, those of this model are in {dtype_of(model)}")
@@ -119,16 +117,14 @@ def check_base(content, model, tensors, base):
 def rebuild(name, linear, method, saved):
     """Build the adapter of one layer from the file. Raises InputError if it does not give back the saved W z."""
     check_options(method, saved["options"])
-    check_fit(name, linear, method, saved["options"])
-    adapter = build(name, linear, method, saved["options"])
+    adapter = METHODS[method](linear, **saved["options"])
     try:
         adapter.load_state_dict(adapter.state_dict() | saved["state"])
     except RuntimeError as error:   # the method has changed since
         raise InputError(f"its layer {name} does not fit: {files.one_line(error)}") from None
     Wz, expected = probe(adapted_weight(adapter)), saved["probe"]
     if not (Wz - expected).norm() <= TOLERANCE * expected.norm():   # `not <=` also catches nan
-        raise InputError(f"it does not give back the matrix that was trained at {name}: the factors of the base have "
-                         "changed")
+        raise InputError(f"it does not give back the matrix trained at {name}: the factors of the base have changed")
     return adapter
 
 

@@ -42,18 +42,16 @@ def adapt(model, method, targets=None, also_train=None, **options):
     options = files.plain(options)
     targets, also_train = names_for(inner, "targets", targets), names_for(inner, "also_train", also_train)
     check_options(method, options)
-    files.sha256_of(options)   # fails for a value that save_adapter could not store
     heads = heads_of(inner, also_train)
     if method == "head" and not heads:
         raise InputError("there is no head to train: list the modules to train in also_train")
     layers = {} if method in WITHOUT_ADAPTERS else fitting_linears(inner, method, targets, options, also_train)
     trained = [inner] if method == "full" else heads
     if any(p.dtype in HALF_DTYPES for module in trained for p in module.parameters()):
-        warnings.warn(f"{'the model' if method == 'full' else ', '.join(also_train)} will be trained in half precision, "
-                      "in which small steps are lost: convert it to float32 and use torch.autocast", stacklevel=2)
+        warnings.warn("some trainable parameters are in half precision, in which small steps are lost", stacklevel=2)
     with full_precision(inner):
         base = digests(inner)
-        adapters = {name: build(name, linear, method, options) for name, linear in tqdm(
+        adapters = {name: METHODS[method](linear, **options) for name, linear in tqdm(
             layers.items(), f"set up {method}", leave=False, delay=2, disable=None)}
         install(inner, adapters, base, method=method, options=options_of(method) | options, targets=targets,
                 also_train=also_train)
@@ -74,8 +72,6 @@ def merge(model, dtype=None):
     inner = unwrap(model)
     adaptation_of(inner, "there is nothing to merge")
     check_tensors(inner)
-    if dtype not in (None, *TRAINABLE_DTYPES, *HALF_DTYPES):
-        raise InputError(f"cannot merge into {dtype}: choose a floating-point dtype such as torch.float32")
     merged = {}
     with full_precision(inner), torch.no_grad():
         for name, adapter in adapters_of(inner).items():
@@ -100,15 +96,15 @@ def count_trainable(model):
     or after full fine-tuning the model without its head.
     """
     inner = unwrap(model)
-    adaptation = vars(inner).get("adaptation") or {"method": "full", "also_train": getattr(inner, "also_train", ())}
-    trained = {id(p): p.numel() for p in inner.parameters() if p.requires_grad}
-    if adaptation["method"] == "full":
-        heads = heads_of(inner, adaptation["also_train"])
-        counted = trained.keys() - {id(p) for head in heads for p in head.parameters()}
+    record = vars(inner).get("adaptation") or {"method": "full", "also_train": getattr(inner, "also_train", ())}
+    trained = {p: p.numel() for p in inner.parameters() if p.requires_grad}
+    total = sum(trained.values())
+    if record["method"] == "full":
+        heads = {p for module in heads_of(inner, record["also_train"]) for p in module.parameters()}
+        head = sum(trained.get(p, 0) for p in heads)
     else:
-        counted = trained.keys() & {id(p) for adapter in adapters_of(inner).values() for p in adapter.parameters()}
-    adapter, total = sum(trained[i] for i in counted), sum(trained.values())
-    return {"adapter": adapter, "head": total - adapter, "total": total}
+        head = total - sum(trained.get(p, 0) for adapter in adapters_of(inner).values() for p in adapter.parameters())
+    return {"adapter": total - head, "head": head, "total": total}
 
 
 # ---- which layers are adapted ----
@@ -124,8 +120,9 @@ def find_linears(model, targets, also_train=()):
     for target in targets:
         matched = [name for name in modules if ends_in(name, target)]
         if not matched:
-            raise InputError(f"target {target!r} matches no layer{no_layer_hint(target, modules)}; "
-                             f"{offers(model, also_train)}")
+            fused = "in_proj" in target and any(isinstance(m, nn.MultiheadAttention) for m in modules.values())
+            reason = " (nn.MultiheadAttention holds query, key and value in one parameter)" if fused else ""
+            raise InputError(f"target {target!r} matches no layer{reason}; {offers(model, also_train)}")
         adapted = [name for name in matched if not is_inside(name, also_train)]
         if not adapted:
             raise InputError(f"{matched[0]} is trained in full because of also_train: remove {target!r} from the targets")
@@ -141,25 +138,12 @@ def fitting_linears(model, method, targets, options, also_train=()):
     """The result of find_linears, after a check that the options fit every layer. Raises InputError that names it."""
     layers = find_linears(model, targets, also_train)
     for name, linear in layers.items():
-        check_fit(name, linear, method, options)
+        try:
+            METHODS[method].check(*linear.weight.shape, **options)
+        except ValueError as error:
+            shape = "x".join(map(str, linear.weight.shape))
+            raise InputError(f"{method} does not fit {name} ({shape}): {files.one_line(error)}") from None
     return layers
-
-
-def check_fit(name, linear, method, options):
-    """Raise InputError that names the layer if a method's options do not fit its shape."""
-    try:
-        METHODS[method].check(*linear.weight.shape, **options)
-    except ValueError as error:
-        shape = "x".join(map(str, linear.weight.shape))
-        raise InputError(f"{method} does not fit {name} ({shape}): {files.one_line(error)}") from None
-
-
-def build(name, linear, method, options):
-    """Build one adapter. An InputError that the method raises because of the weight itself gets the layer's name."""
-    try:
-        return METHODS[method](linear, **options)
-    except InputError as error:
-        raise InputError(f"{method} does not fit {name}: {error}") from None
 
 
 def why_not(module, tied=()):
@@ -190,13 +174,6 @@ def offers(model, also_train=()):
         found |= dict.fromkeys(ends[-1:])
     shown = ", ".join(list(found)[:20]) + (", ..." if len(found) > 20 else "")
     return f"targets can be: {shown}" if found else "this model has no nn.Linear that can be adapted"
-
-
-def no_layer_hint(target, modules):
-    last = target.rsplit(".", 1)[-1]
-    if last.startswith("in_proj") and any(isinstance(module, nn.MultiheadAttention) for module in modules.values()):
-        return " (nn.MultiheadAttention holds query, key and value in one parameter, not in layers)"
-    return nearest(last, {name.rsplit(".", 1)[-1] for name, module in modules.items() if isinstance(module, nn.Linear)})
 
 
 def ends_in(name, target):
@@ -238,10 +215,9 @@ def heads_of(model, also_train):
 def names_for(model, attribute, names):
     """The names as a list, by default those in the model's own attribute. Raises InputError if they are no such list."""
     names = files.plain(getattr(model, attribute, ()) if names is None else names)
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) and name for name in names):
-        raise InputError(f"{attribute} must be a list of names such as ('query', 'value'), not "
-                         f"{files.one_line(repr(names))}")
-    return list(names)
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise InputError(f"{attribute} must be a list of names, such as ['query'], not {files.one_line(repr(names))}")
+    return names
 
 
 # ---- the state of an adapted model, which adapter_file.py needs as well ----
@@ -285,8 +261,7 @@ def check_tensors(model):
         if tensor.is_meta:
             raise InputError(f"{name} is on the meta device, without values: load the weights first")
         if tensor.is_inference():
-            raise InputError(f"{name} was created in inference mode, so nothing can be trained: build, load and move the "
-                             "model outside torch.inference_mode()")
+            raise InputError(f"{name} was created in inference mode and cannot be trained: build the model outside of it")
 
 
 def install(model, adapters, base, **record):

@@ -26,9 +26,8 @@ from .model_file import class_of, load_adapted, load_base
 from .training.compare import run_path
 from .training.report import markdown
 
-GRAY = "#808080"   # readable on light and dark pages
-STYLE = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "text.color"), GRAY) | {
-    "legend.frameon": False, "legend.fontsize": "small"}
+STYLE = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "text.color"), "#808080") | {
+    "legend.frameon": False, "legend.fontsize": "small"}   # a gray that is readable on light and dark pages
 NOTES = """σ: the largest, median and smallest singular value
 leading quarter: ‖U_kᵀ ΔW V_k‖² / ‖ΔW‖² for the k = D/4 leading directions of the base; in a square matrix it is 6 % if
 ΔW prefers no direction, 25 % if ΔW is spread evenly along the diagonal

@@ -72,7 +72,7 @@ def test_options_that_could_not_be_used_or_saved_are_rejected_at_once(options):
 
 
 @pytest.mark.parametrize("targets, part", [
-    (["nothing"], "'nothing'"), (["nothing", "query"], "'nothing'"), (["query", "valeu"], "did you mean 'value'"),
+    (["nothing"], "'nothing'"), (["nothing", "query"], "'nothing'"), (["query", "valeu"], "'valeu'"),
     (["query", "uery"], "'uery'"), (["query."], "'query.'"), ([".query"], "'.query'")])
 def test_a_target_that_matches_nothing_is_rejected(targets, part):
     """Even if another target in the list matches."""

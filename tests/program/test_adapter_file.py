@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
-from adapted import ONE_EACH, SPECS, TARGETS, Net, assert_close, fit, fits, gpt, move, noise, rejected, train
+from adapted import ONE_EACH, SPECS, Net, assert_close, fit, fits, gpt, move, noise, rejected, train
 
 from svmini import GPT, GPTConfig, adapt, count_trainable, files, load_adapter, merge, save_adapter
 from svmini.methods import svfit, svft
@@ -169,7 +169,7 @@ def test_running_statistics_that_training_moved_are_saved(method, path, tmp_path
     assert sum_of(path) == sum_of(tmp_path / "again.pt")
     with rejected(changed := change(Classified(), "encoder.2.weight"), "another base"):
         load_adapter(changed, path)
-    with rejected(change(model, "norm.weight"), "norm.weight has changed since adapt", "'norm' into also_train"):
+    with rejected(change(model, "norm.weight"), "norm.weight has changed since adapt", "into also_train"):
         save_adapter(model, path)
 
 
@@ -179,7 +179,7 @@ def change(model, name):
 
 
 @pytest.mark.parametrize("damage, parts", [
-    (lambda m: change(m, "norm.weight"), ("norm.weight", "'norm' into also_train")),
+    (lambda m: change(m, "norm.weight"), ("norm.weight", "into also_train")),
     (lambda m: change(m, "query.bias"), ("query.bias",)),
     (lambda m: setattr(m, "extra", nn.Linear(2, 2).requires_grad_(False)), ("extra.weight",)),
     (lambda m: m.register_buffer("extra", torch.ones(2)), ("extra",)), (lambda m: delattr(m, "shift"), ("shift",)),
@@ -246,7 +246,6 @@ def test_a_base_that_cannot_be_adapted_is_rejected(path):
 
 @pytest.mark.parametrize("edit, part", [
     (lambda c, value: c.update(method="lorra"), "lorra"), (lambda c, value: value["options"].update(ranks=4), "ranks"),
-    (lambda c, value: value["options"].update(rank=99), "from 1 to 16"),
     (lambda c, value: value["state"].pop("A"), "does not give back"),
     (lambda c, value: value["state"].update(extra=torch.zeros(3)), "extra"),
     (lambda c, value: value["options"].update(alpha=9), "does not give back")])
