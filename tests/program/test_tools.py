@@ -1,4 +1,4 @@
-"""generate, predict and export: what was trained is used again, and goes back where its base came from."""
+"""generate and export: what was trained is used again, and goes back where its base came from."""
 
 import os
 import subprocess
@@ -9,60 +9,13 @@ import pytest
 import torch
 import torchvision
 
-from fake_datasets import build_tree
-from svmini import GPT, GPTConfig, ViT, ViTConfig, adapt, load_adapter, save_adapter
-from svmini import cli, export, generate, predict
-from svmini.data import glyphs
-from svmini.data.images import ImageClassification, prepare
-from svmini.data.image_datasets import open_images, read_file
-from svmini.data.arithmetic import Arithmetic, decode
+from svmini import GPT, GPTConfig, ViT, ViTConfig, export, generate, load_adapter
+from svmini.data.arithmetic import decode
 from svmini.data.tokenizers import bpe_tokenizer
 from svmini.model_file import class_of, load_adapted, load_base, load_model, save_model
-from svmini.training.loop import evaluate
-from toy import CPU
+from tools import BYTES, call, folder, moved   # noqa: F401  folder is a fixture
 
 ROOT = Path(__file__).resolve().parents[2]
-BYTES = [f"{b:02x}" for b in range(256)]
-
-
-def moved(model, size=0.3, seed=1):
-    """Every trained number off its start, where most mistakes cannot be seen."""
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p += size * torch.randn(p.shape, generator=g)
-    return model
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Bases and adapters: text.pt, arithmetic.pt, vit.pt, and raw-text.pt, raw-vit.pt as others name their tensors."""
-    out = tmp_path_factory.mktemp("tools ü")
-    torch.manual_seed(0)
-    for name, sizes, tokenizer in (("text", (256, 16), BYTES),
-                                   ("arithmetic", (Arithmetic.vocab_size, Arithmetic.length), "arithmetic")):
-        model = moved(GPT(GPTConfig(*sizes, 1, 2, 16)))
-        save_model(out / f"{name}.pt", model, {"data": name, "tokenizer": tokenizer})
-        torch.save(model.to_gpt2(), out / f"raw-{name}.pt")
-        save_adapter(moved(adapt(model, "svft")), out / f"{name}-adapter.pt", {"data": "another"})
-    model = moved(ViT(ViTConfig(24, 6, 1, 34, 1, 2, 16)))
-    save_model(out / "vit.pt", model, {"data": "glyphs A"})
-    save_adapter(moved(adapt(model.reset_classifier(26), "lora", rank=2)), out / "vit-adapter.pt",
-                 {"data": "glyphs B", "image_size": 24, "classes": list("abcdefghijklmnopqrstuvwxyz")})
-    model = moved(ViT(ViTConfig(16, 8, 3, 5, 1, 2, 16)))
-    torch.save(model.to_torchvision(), out / "raw-vit.pt")
-    build_tree(out / "pictures", {"train": 6, "test": 2})
-    save_adapter(moved(adapt(model.set_input_size(24).reset_classifier(4), "svfit")), out / "raw-vit-adapter.pt",
-                 {"data": f"folder:{out / 'pictures'}", "image_size": 24, "classes": ["ant", "bee", "cow", "dog"]})
-    return out
-
-
-def call(tool, capsys, *argv, code=0):
-    assert cli.run_command(tool.command, [str(a) for a in argv]) == code
-    said = capsys.readouterr()
-    return said.err if code else said.out
-
 
 # ---- generate ----
 
@@ -105,42 +58,6 @@ def test_a_module_runs_as_a_process(folder, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0 and done.stdout.startswith(b"ab") and done.stderr == b""
     assert not list(tmp_path.iterdir())
-
-
-# ---- predict ----
-
-@pytest.mark.parametrize("base, adapter, data, count", [
-    ("vit.pt", None, "glyphs A", 34), ("vit.pt", "vit-adapter.pt", "glyphs B", 26),
-    ("raw-vit.pt", "raw-vit-adapter.pt", "folder", 8)])
-def test_predict_says_the_accuracy_on_what_a_model_was_trained_on(base, adapter, data, count, folder, tmp_path, capsys,
-                                                                  monkeypatch):
-    for which in "AB":
-        monkeypatch.setitem(glyphs.GLYPHS[which], "sizes", {"train": 2, "val": 1, "test": 1})
-    argv = ["--init", folder / base, "--out", tmp_path, "--device", "cpu", *(["--n-head", 2] if "raw" in base else [])]
-    said = call(predict, capsys, *argv, *(["--adapter", folder / adapter] if adapter else []))
-    data = f"folder:{folder / 'pictures'}" if data == "folder" else data
-    model, metadata = load_adapted(folder / base, adapter and folder / adapter, ViT, 2 if "raw" in base else None)
-    task = ImageClassification(open_images(data, None, 0), 0, model.config, CPU.device)
-    accuracy = evaluate(model, task, "test", CPU)["metric"]
-    assert said.startswith(f"{data}: accuracy {accuracy:.1f} on {count} test pictures; ")
-    assert (tmp_path / "predictions.png").read_bytes().startswith(b"\x89PNG") and metadata["data"] == data
-
-
-def test_predict_names_pictures_of_ones_own(folder, tmp_path, capsys):
-    argv = ["--init", folder / "raw-vit.pt", "--n-head", 2, "--device", "cpu"]
-    paths = sorted((folder / "pictures" / "test").rglob("*.jpg"))[::3]
-    model, metadata = load_adapted(folder / "raw-vit.pt", folder / "raw-vit-adapter.pt", ViT, 2)
-    x = prepare(torch.stack([read_file(path, 24) for path in paths]), 24, model.config.mean, model.config.std)
-    chances = model.eval()(x).softmax(dim=1)
-    said = call(predict, capsys, *paths, *argv, "--adapter", folder / "raw-vit-adapter.pt").splitlines()
-    assert said == [f"{path}: {metadata['classes'][p.argmax()]} ({100 * p.max():.0f} %)"
-                    for path, p in zip(paths, chances)]
-    assert len(said) == 3 and {"ant", "bee", "cow", "dog"} >= {line.split(": ")[1].split(" ")[0] for line in said}
-    assert call(predict, capsys, paths[0], *argv).startswith(f"{paths[0]}: class "), "a base that does not name them"
-    assert not list(tmp_path.iterdir())
-    assert "No such file" in call(predict, capsys, tmp_path / "none.jpg", *argv, code=2)
-    (tmp_path / "text.jpg").write_text("no picture")
-    assert "text.jpg is no picture that can be read" in call(predict, capsys, tmp_path / "text.jpg", *argv, code=2)
 
 
 # ---- export ----
