@@ -136,7 +136,7 @@ def build(name, linear, method, options):
 def why_not(part, tied=()):
     """Why a module cannot be adapted, or None. tied: ids of parameters that stand in more than one place."""
     if type(part).__name__ == "Conv1D":
-        return "is a Conv1D as in Hugging Face's GPT-2, no nn.Linear: take GPT.from_gpt2(model.state_dict())"
+        return "is a Conv1D as in Hugging Face's GPT-2, no nn.Linear: take GPT.from_pretrained(model.state_dict())"
     if type(part).forward is not nn.Linear.forward or "forward" in vars(part) or hasattr(part, "parametrizations"):
         return f"is no plain nn.Linear but {part._get_name()}"
     if any(id(p) in tied for p in part.parameters()):

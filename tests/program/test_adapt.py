@@ -151,7 +151,7 @@ def half_finite():
 
 
 @pytest.mark.parametrize("layer, specs", [
-    (Conv1D, ("Conv1D", "GPT.from_gpt2(model.state_dict())")),
+    (Conv1D, ("Conv1D", "GPT.from_pretrained(model.state_dict())")),
     (lambda: Twice(16, 16), ("no plain nn.Linear but Twice",)), (lambda: nn.LayerNorm(16), ("but LayerNorm",)),
     (lambda: chain(lin()), ("but Sequential",)), (lambda: compiled(lin()), ("no plain nn.Linear but",)),
     (lambda: nn.utils.parametrizations.weight_norm(lin()), ("no plain nn.Linear but ParametrizedLinear",)),

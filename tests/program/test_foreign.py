@@ -203,9 +203,9 @@ def test_huggingface_gpt2_is_sent_to_ours():
     transformers = pytest.importorskip("transformers")
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=32, n_positions=8, n_embd=16, n_layer=1,
                                                                  n_head=2))
-    with refused(model, InputError, "c_attn", "Conv1D", "GPT.from_gpt2(model.state_dict())"):
+    with refused(model, InputError, "c_attn", "Conv1D", "GPT.from_pretrained(model.state_dict())"):
         adapt(model, "svft", targets=("c_attn",))
-    ours = GPT.from_gpt2(model.state_dict(), n_head=2)                   # and what is suggested works
+    ours = GPT.from_pretrained(model.state_dict(), n_head=2)                   # and what is suggested works
     assert_close(ours.eval()(TOKENS), model.eval()(TOKENS).logits)
 
 

@@ -12,7 +12,7 @@ BYTES = [f"{b:02x}" for b in range(256)]
 
 
 def moved(model, size=0.3, seed=1):
-    """Every trained number off its start, where most mistakes cannot be seen."""
+    """Move every trainable parameter away from its start, which hides most mistakes."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -23,7 +23,7 @@ def moved(model, size=0.3, seed=1):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Bases and adapters: text.pt, arithmetic.pt, vit.pt, and raw-text.pt, raw-vit.pt as others name their tensors."""
+    """Base models and adapters: text, arithmetic and vit in svmini's format, raw-* in GPT-2's or torchvision's."""
     out = tmp_path_factory.mktemp("tools ü")
     torch.manual_seed(0)
     for name, sizes, tokenizer in (("text", (256, 16), BYTES),
