@@ -22,7 +22,7 @@ from .cli import Parser, add_model, run_command
 from .errors import InputError
 from .methods import parse_spec
 from .methods.svd import thin_svd
-from .model_file import class_of, load_adapted, load_base
+from .model_file import load_any, with_adapter
 from .training.compare import run_path
 from .training.report import markdown
 
@@ -161,9 +161,8 @@ def command(argv):
     add_model(p, adapter_required=True)
     p.add_argument("--out", metavar="DIR", help="folder for analysis.png (default: the folder of the adapter)")
     flags = p.parse_args(argv)
-    model_class = class_of(flags.init)
-    base, _ = load_base(flags.init, model_class, flags.n_head)
-    model, _ = load_adapted(flags.init, flags.adapter, model_class, flags.n_head)
+    base, metadata = load_any(flags.init, n_head=flags.n_head)
+    model, _ = with_adapter(copy.deepcopy(base), metadata, flags.adapter)
     method, options = model.adaptation["method"], model.adaptation["options"]
     layers = analyze_model(base, model)
     print(f"{method}: " + ", ".join(f"{key} {value}" for key, value in options.items()) + "\n")

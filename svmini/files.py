@@ -95,6 +95,11 @@ def load(path, kind):
     except Exception as error:   # unpickling fails in many ways; each means that this is not such a file
         raise InputError(f"{name} is not a readable svmini {kind}: it is damaged, cut short or another kind of "
                          f"file ({one_line(error).split('. ')[0]})") from None
+    return check(file, kind, name)
+
+
+def check(file, kind, name):
+    """Return the content of what torch.load returned for a file of `save`. Raises the InputErrors of `load`."""
     found = one_line(file.get("kind", "something else") if isinstance(file, dict) else "something else")
     if found != f"svmini {kind}":
         raise InputError(f"{name} holds {found}, not an svmini {kind}")
