@@ -132,27 +132,19 @@ def steps(model):
     return train(model, lambda m: m(noise(8, 16)).square().sum()).eval()
 
 
-def test_a_trained_classifier_of_any_name_is_saved(path):
+def test_a_classifier_of_any_name_and_what_was_unfrozen_by_hand_are_saved(path):
     model, x = Classified().eval(), noise(5, 16)
     adapt(model, "svft", targets=("encoder.0",), also_train=("classifier",))
-    steps(model)
-    save_adapter(model, path)
-    assert set(files.load(path, "adapter")["trained"]) == {"classifier.weight", "classifier.bias"}
-    other = Classified().eval()
-    other.classifier.reset_parameters()                     # it is not part of the base
-    assert_close(load_adapter(other, path)(x), model(x))
-
-
-def test_what_was_unfrozen_by_hand_is_saved_by_its_name(path):
-    model, x = adapt(Classified().eval(), "svft", targets=("encoder.0",), also_train=()), noise(5, 16)
     for p in (model.token, model.encoder[2].bias, model.norm.weight):
         p.requires_grad_(True)
     steps(model)
     save_adapter(model, path)
-    assert set(files.load(path, "adapter")["trained"]) == {"token", "encoder.2.bias", "norm.weight"}
-    loaded = load_adapter(Classified().eval(), path)
-    assert_close(loaded(x), model(x))
-    assert count_trainable(loaded) == count_trainable(model) == {"adapter": 16 * 5 - 6, "head": 48, "total": 122}
+    assert set(files.load(path, "adapter")["trained"]) == {"classifier.weight", "classifier.bias", "token",
+                                                           "encoder.2.bias", "norm.weight"}
+    other = Classified().eval()
+    other.classifier.reset_parameters()                     # it is not part of the base
+    assert_close(load_adapter(other, path)(x), model(x))
+    assert count_trainable(other) == count_trainable(model) == {"adapter": 16 * 5 - 6, "head": 51 + 48, "total": 173}
 
 
 @pytest.mark.parametrize("method", ["svft", "head"])

@@ -90,7 +90,9 @@ def test_what_is_not_the_expected_file_is_rejected(tmp_path):
         torch.save(content, path)
         with pytest.raises(InputError, match=r"^.*file.pt holds .*not an svmini model$"):
             files.load(path, "model")
-    for content in (b"", b"a text file\n", bytes(1000)):
+    files.save(path, "model", {"x": torch.arange(5000)})
+    content = path.read_bytes()
+    for content in (b"", b"a text file\n", bytes(1000), content[:3000], content[:-9], content[:999] + content[1000:]):
         path.write_bytes(content)
         with pytest.raises(InputError, match=r"^.*file.pt is not a readable svmini model.*$"):
             files.load(path, "model")
@@ -109,24 +111,6 @@ def test_code_in_a_file_is_not_run(tmp_path):
     with pytest.raises(InputError, match="not a readable svmini model"):
         files.load(tmp_path / "evil.pt", "model")
     assert names(tmp_path) == ["evil.pt"]
-
-
-def test_every_lost_or_changed_byte_is_noticed(tmp_path):
-    """Whatever the byte: the file is rejected by its name, or holds the very same content (a byte of padding)."""
-    path, x, rejections = tmp_path / "last.pt", torch.arange(1.0, 50), 0
-    files.save(path, "run", {"x": x})
-    content = path.read_bytes()
-    sign = content.index(x.numpy().tobytes()) + 3           # of the first value
-    for at in [sign, *torch.randint(len(content), (60,), generator=torch.Generator().manual_seed(0)).tolist()]:
-        for damaged in (content[:at], content[:at] + content[at + 1:],
-                        content[:at] + bytes([content[at] ^ 0x80]) + content[at + 1:]):
-            path.write_bytes(damaged)
-            try:
-                assert torch.equal(files.load(path, "run")["x"], x) and at != sign
-            except InputError as error:
-                assert str(path) in str(error) and "\n" not in str(error)
-                rejections += 1
-    assert rejections > 120                                 # every lost byte, and some of the changed ones
 
 
 def test_a_changed_file_is_rejected(tmp_path):
