@@ -224,7 +224,7 @@ OTHERS = [   # what a row must not be taken over from, and what is then said
         ("steps", 5), ("lr", 0.5), ("batch_size", 3), ("head_lr", 0.5), ("warmup_ratio", 0.5), ("schedule", "cosine"),
         ("weight_decay", 0.5), ("betas", (0.5, 0.5)), ("grad_clip", 0.5), ("grad_accum_steps", 2))),
     ({"task": Toy(data_config={"data": "other"})}, "data was 'walk' and is 'other'"), ({"spec": "svft"}, "method was"),
-    ({"base": tiny_gpt(0.2, seed=8)}, "base was"), ({"base": tiny_gpt(0.1)}, "model.dropout was"),
+    ({"base": (0.2, 8)}, "base was"), ({"base": (0.1, 0)}, "model.dropout was"),   # arguments of tiny_gpt
     ({"device_config": replace(CPU, dtype=torch.bfloat16)}, "dtype was 'torch.float32'"),
     ({"spec": "svfit:rank=3"}, "options.rank was"), ({"spec": "svfit@query"}, "targets was")]
 
@@ -237,7 +237,7 @@ def test_a_row_under_other_conditions_is_refused(tmp_path, change, said, monkeyp
     monkeypatch.setattr(compare, "train", lambda *a: pytest.fail("training started"))
     assert run("svfit", tmp_path, resume=True)["method"] == "svfit"
     now = {"spec": "svfit", "base": tiny_gpt(0.2), "task": Toy(), "device_config": CPU} | {
-        k: v for k, v in change.items() if k in ("spec", "base", "task", "device_config")}
+        k: tiny_gpt(*v) if k == "base" else v for k, v in change.items() if k in ("spec", "base", "task", "device_config")}
     s = replace(TRAIN_CONFIG, **{k: v for k, v in change.items() if k not in now})
     with pytest.raises(InputError, match="row.json was made with another run config") as caught:
         compare.run(now["spec"], now["base"], now["task"], s, now["device_config"], tmp_path, resume=True)
