@@ -29,7 +29,8 @@ def command(argv):
     merge(model)
     path = Path(flags.out or Path(flags.adapter).parent / "merged.pt")
     if flags.format == "svmini":
-        save_model(path, model, derived_metadata(metadata, {key: metadata[key] for key in ("data", "classes") if key in metadata}))
+        kept = {key: metadata[key] for key in ("data", "data_seed", "classes") if key in metadata}
+        save_model(path, model, derived_metadata(metadata, kept))
     else:
         state = model.to_gpt2() if flags.format == "gpt2" else model.to_torchvision()
         files.write_whole(path, lambda file: torch.save(state, file))
