@@ -102,10 +102,10 @@ class LabeledImages:
         if train is None:
             return
         self.parts = [(train.labels == label).nonzero().flatten() for label in range(len(classes))]   # by class
-        most = min(map(len, self.parts)) - (val_per_class or 0)
+        most, smallest = min((len(part) - (val_per_class or 0), c) for part, c in zip(self.parts, classes))
         if not 2 <= (per_class or 2) <= most:
             raise InputError(f"{per_class or 'all'} images per class do not fit {name}: at least 2 are needed, and its "
-                             f"smallest class has {most} training images that are not for validation: "
+                             f"smallest class, {smallest}, has {most} training images that are not for validation: "
                              + (f"give --per-class 2 to {most}" if most > 1 else "add images to it"))
         n_train, n_val = (sum(map(len, parts)) for parts in zip(*map(self.divide, self.parts)))
         self.sizes = {"train": n_train, "val": n_val, **self.sizes}

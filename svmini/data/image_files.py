@@ -38,16 +38,15 @@ def open_folder(path):
     """
     if not path.is_dir():
         raise MissingFile(f"there is no folder {path}: folder:PATH needs the path of a folder of class folders")
-    folders, unused = list_folder(path)
+    folders, files = list_folder(path)
     splits = {split: [f for f in folders if f.name.lower() in names] for split, names in SPLIT_NAMES.items()}
     tests = splits["test"] or splits["val"]
     used = splits["train"] + tests if tests else [path]
     if tests and (len(splits["train"]) != 1 or len(tests) != 1):
         raise InputError(f"{path} has the split folders {', '.join(f.name for f in used)}: give it one folder train "
                          f"and one folder test, or only class folders")
-    unused += [f for f in folders if tests and f not in used]
     found = [class_folders(folder) for folder in used]
-    unused += [f for _, _, others in found for f in others]
+    unused = [f for f in files + folders if tests and f not in used] + [f for _, _, others in found for f in others]
     if unused:
         print(f"{path}: not used: {len(unused)} other files or folders, such as {unused[0].relative_to(path)}")
     classes, train, _ = found[0]
@@ -68,21 +67,22 @@ def class_folders(path):
     """Return the class names of a folder of class folders, its Images, and a list of the files that are not images."""
     from PIL import Image
     extensions = {e for e, reader in Image.registered_extensions().items() if reader in Image.OPEN}
-    classes, items, labels, others = [], [], [], []
-    for folder in list_folder(path)[0]:
+    folders, others = list_folder(path)
+    classes, items, labels = [folder.name for folder in folders], [], []
+    for label, folder in enumerate(folders):
         inner, files = list_folder(folder)
         images = [f for f in files if f.suffix.lower() in extensions]
-        if inner or not images:
-            raise InputError(f"{folder} is not a class folder: " + ("it has no images" if not inner else f"it has the "
-                             f"folder {inner[0].name}; put its images into {folder.name}, or call the split folders "
-                             f"train and test"))
+        if inner:
+            raise InputError(f"{folder} has the folder {inner[0].name} inside: put images directly into class folders, "
+                             f"and name the folders of splits train and test")
+        if not images:
+            raise InputError(f"{folder} has no images: add images or delete the folder")
         items += images
-        labels += [len(classes)] * len(images)
+        labels += [label] * len(images)
         others += [f for f in files if f.suffix.lower() not in extensions]
-        classes.append(folder.name)
     if len({name.casefold() for name in classes}) < max(2, len(classes)):
-        raise InputError(f"{path} needs at least two class folders, whose names differ not only in case; it has "
-                         f"{', '.join(classes) or 'none'}: give the folder that holds them all")
+        raise InputError(f"{path} has the class folders {', '.join(classes) or '(none)'}: it needs at least two, whose "
+                         f"names do not differ only in case")
     return classes, Images(items, torch.tensor(labels)), others
 
 
@@ -97,10 +97,10 @@ def separate(train, test=None):
     """
     n_test = len(test.items) if test else 0
     images = Images(test.items + train.items, torch.cat([test.labels, train.labels])) if test else train
-    first = {}   # {hash of a file: the index of its first copy}
+    labels, first = images.labels.tolist(), {}   # first: {hash of a file: the index of its first copy}
     for i, digest in enumerate(in_threads(file_hash, images.items, "comparing files")):
         j = first.setdefault(digest, i)
-        if images.labels[i] != images.labels[j]:
+        if labels[i] != labels[j]:
             raise InputError(f"{images.items[j]} and {images.items[i]} are the same image in two classes: delete one")
     is_test = {i: i < n_test if test else digest % TEST_SHARE == 0 for digest, i in first.items()}
     train, test = (images.subset([i for i in is_test if is_test[i] == side]) for side in (False, True))

@@ -89,28 +89,20 @@ def build_food(data, patch, dataset):
 
 
 def build_flowers(data, patch, dataset):
-    """Labels and splits are MATLAB files. If scipy is not installed, JSON and a reader for it replace them."""
-    try:
-        from scipy.io import savemat
-    except ImportError:
-        def loadmat(path, squeeze_me):
-            return {k: np.array(v) for k, v in json.loads(Path(path).read_text()).items()}
-
-        def savemat(path, content):
-            Path(path).write_text(json.dumps(content))
-
-        reader = types.ModuleType("scipy.io")
-        reader.loadmat = loadmat
-        patch.setitem(sys.modules, "scipy", types.ModuleType("scipy"))
-        patch.setitem(sys.modules, "scipy.io", reader)
+    """Labels and splits are MATLAB files, which scipy reads. JSON and a reader for it replace them."""
+    scipy_io = types.ModuleType("scipy.io")
+    scipy_io.loadmat = lambda path, squeeze_me: {k: np.array(v) for k, v in json.loads(Path(path).read_text()).items()}
+    patch.setitem(sys.modules, "scipy", types.ModuleType("scipy"))
+    patch.setitem(sys.modules, "scipy.io", scipy_io)
     folder = data / "flowers-102"
     made = {"train": noise_images(4, TRAIN, 3, 8, 1), "test": noise_images(4, TEST, 3, 8, 2)}
     x, y = (torch.cat(parts) for parts in zip(*made.values()))
     for i, image in enumerate(x):
         write_image(folder / "jpg" / f"image_{i + 1:05d}.jpg", image)
     numbers = list(range(1, len(y) + 1))   # counted from 1, as MATLAB does
-    savemat(folder / "imagelabels.mat", {"labels": (y + 1).tolist()})
-    savemat(folder / "setid.mat", {"trnid": numbers[:20], "valid": numbers[20:4 * TRAIN], "tstid": numbers[4 * TRAIN:]})
+    (folder / "imagelabels.mat").write_text(json.dumps({"labels": (y + 1).tolist()}))
+    (folder / "setid.mat").write_text(json.dumps({
+        "trnid": numbers[:20], "valid": numbers[20:4 * TRAIN], "tstid": numbers[4 * TRAIN:]}))
     patch.setattr(dataset, "classes", [f"flower {i}" for i in range(4)], raising=False)
     patch.setattr(dataset, "_file_dict", dataset._file_dict | {
         k: (f, md5(folder / f)) for k, f in (("label", "imagelabels.mat"), ("setid", "setid.mat"))})
