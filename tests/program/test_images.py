@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -44,17 +45,12 @@ def test_other_sizes_are_resized_as_torchvision_does(old, new):
 # ---- augmentation ----
 
 def copies(image):
-    """Return every (C, S, S) that augment may make of an image, by (mirrored, row, column), built index by index."""
+    """Return every (C, S, S) that augment may make of an image by numpy, keyed by (mirrored, row, column)."""
     S = image.shape[-1]
     most = S // 8
-    found = {}
-    for mirrored in (False, True):
-        source = image.flip(2) if mirrored else image
-        for i in range(-most, most + 1):
-            for j in range(-most, most + 1):
-                rows, columns = ([abs(k) if k < S else 2 * (S - 1) - k for k in range(d, d + S)] for d in (i, j))
-                found[mirrored, i, j] = source[:, rows][:, :, columns]
-    return found
+    padded = [np.pad(source, [(0, 0), (most, most), (most, most)], mode="reflect") for source in (image, image.flip(2))]
+    return {(mirrored, i - most, j - most): torch.from_numpy(padded[mirrored][:, i:i + S, j:j + S])
+            for mirrored in (0, 1) for i in range(2 * most + 1) for j in range(2 * most + 1)}
 
 
 def test_an_augmented_image_is_a_shifted_or_mirrored_copy():

@@ -223,20 +223,10 @@ def test_a_prediction_is_right_if_it_ends_and_its_final_answer_is_equal(tokenize
 
 
 def test_a_hundred_problems_of_val_and_all_of_test_are_scored(tokenizer):
-    class Silent(torch.nn.Module):
-        def forward(self, x):
-            return torch.zeros(*x.shape, 320)
-
-        def generate_greedy(self, prompts, max_new, end):
-            self.prompts = list(prompts)
-            return [torch.tensor([], dtype=torch.int64)] * len(prompts)
-
     data = task_of(tokenizer, 64, [story(0)], map(story, range(120)), map(story, range(120, 250)))
     for split, n in (("val", 100), ("test", 130)):
-        assert data.evaluate(model := Silent(), split)["metric"] == 0
-        prompts, answers = data.problems(split, n)
-        assert len(model.prompts) == n and all(map(torch.equal, model.prompts, prompts))
-        assert all(map(torch.equal, data.eval_problems[split][1], answers))
+        for found, expected in zip(data.eval_problems[split], data.problems(split, n)):
+            assert len(found) == n and all(map(torch.equal, found, expected))
 
 
 def test_a_short_file_is_learned_and_scored(tmp_path, tokenizer):
