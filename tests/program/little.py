@@ -46,7 +46,7 @@ def little(tmp_path_factory):
         library, topics = text.stdlib_source()[:40_000], text.reference_topics()[:30_000]
         patch.setattr(text, "stdlib_source", lambda: library)
         patch.setattr(text, "reference_topics", lambda: topics)
-        patch.setattr(text, "MOST_WINDOWS", 4)
+        patch.setattr(text, "TEXT_EVAL_SIZE", 4)
         patch.setattr(Arithmetic, "problems", few)
         yield folder
 

@@ -55,7 +55,7 @@ def test_base_data_names_what_the_base_is_pretrained_on(little, tmp_path, monkey
         model, metadata = load_model(out / "pretrain" / "model.pt", ViT)
         assert f"pretraining on {base}" in printed and metadata["data"] == base and read(out)["per_class"] == 5
         assert (model.config.image_size, model.config.patch_size, model.config.in_channels) == size
-        real = image_datasets.REAL.get(base)
+        real = image_datasets.IMAGE_DATASETS.get(base)
         assert (model.config.mean, model.config.std) == ((real.mean, real.std) if real else ((0.5,), (0.5,)))
         assert rows(out)[0]["head_params"] == 10 * 17 and (out / "predictions.png").exists() is False, "no adapter to show"
 
@@ -106,8 +106,8 @@ def test_every_seed_has_its_own_draw_and_every_method_of_a_seed_the_same(trained
     """Of pictures drawn by class, which are read once a draw, the test pictures once; and of problems."""
     build_tree(tmp_path / "pictures", {"": 15})
     save_model(tmp_path / "base.pt", ViT(ViTConfig(8, 4, 3, 4, 1, 2, 16)), {})
-    reads, read_pictures = [], image_datasets.read
-    monkeypatch.setattr(image_datasets, "read", lambda *a: reads.append(a[-1].split()[-1]) or read_pictures(*a))
+    reads, read_pictures = [], image_datasets.read_images
+    monkeypatch.setattr(image_datasets, "read_images", lambda *a: reads.append(a[-1].split()[-1]) or read_pictures(*a))
     pictures = [train_vit, "--init", tmp_path / "base.pt", "--data", f"folder:{tmp_path / 'pictures'}",
                 "--per-class", 4, "--out", tmp_path / "vit"]
     call(*pictures, "--methods", "head", "svfit", "full", "--seeds", 3, "--no-augment")
