@@ -7,9 +7,8 @@ Start: m = ‖W0‖ row by row, A uniform in ±1/√d_in, B = 0, so W = W0.
 The backward pass holds the norm constant (section 4.3) unless detach_norm=False. The paper writes columns of its
 transposed W; the counts that it prints for Gemma imply rows of the nn.Linear weight.
 
-A row of zeros, or one so small that its norm underflows, has no direction; published checkpoints contain such rows. Here
-every norm is at least EPS, for m too. The ratio of such a row is 1 at the start, the row is what it was, and value and
-gradient are finite.
+A row of zeros, or one so small that its norm underflows, has no direction; published checkpoints contain such rows. If
+the norm is below EPS, the ratio m / ‖V‖ is 0: the row stays zero in training, and value and gradient are finite.
 """
 
 import torch
@@ -32,16 +31,16 @@ class DoRA(Adapter):
         W0 = linear.weight.detach()
         self.scale = (rank if alpha is None else alpha) / rank
         self.register_frozen("W0", W0)
-        self.m = nn.Parameter((W0.float() if W0.dtype in HALF_DTYPES else W0).norm(dim=1).clamp_min(EPS))          # (d_out,)
+        self.m = nn.Parameter((W0.float() if W0.dtype in HALF_DTYPES else W0).norm(dim=1))      # (d_out,)
         self.A = nn.Parameter(W0.new_empty(rank, self.in_features))
         nn.init.uniform_(self.A, -self.in_features ** -0.5, self.in_features ** -0.5)
         self.B = nn.Parameter(W0.new_zeros(self.out_features, rank))
 
     def ratio(self):
-        """m / ‖W0 + (α/r) B A‖, row by row (d_out,)."""
+        """m / ‖W0 + (α/r) B A‖, row by row (d_out,); 0 for a row without direction."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.options["detach_norm"]):
-            norm = (self.W0 + self.scale * self.B @ self.A).norm(dim=1).clamp_min(EPS)
-        return self.m / norm
+            norm = (self.W0 + self.scale * self.B @ self.A).norm(dim=1)
+        return self.m / norm.clamp_min(EPS) * (norm > EPS)
 
     @property
     def weight(self):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from layers import SHAPES, assert_close, layer_of, linear, tokens, weight_of
+from layers import EPS, SHAPES, assert_close, layer_of, linear, tokens, weight_of
 from svmini import METHODS, adapt
 from svmini.methods import parse_spec
 
@@ -65,14 +65,14 @@ def test_dora_keeps_a_row_without_direction_finite(options, entry):
     with torch.no_grad():
         base.weight[3] = entry
     layer, x = METHODS["dora"](base, **parse_spec(f"dora:{options}")[1]), tokens(5, 16, torch.float32)
-    assert torch.equal(layer.weight, base.weight)
+    assert_close(layer.weight, base.weight, EPS[torch.float32])
     optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2, weight_decay=0)
     for _ in range(3):
         layer(x).square().mean().backward()
         assert all(p.grad.isfinite().all() for p in layer.parameters())
         optimizer.step()
         optimizer.zero_grad()
-    assert layer(x).isfinite().all() and layer.weight[3].norm() < 1e-3
+    assert layer(x).isfinite().all() and layer.weight[3].norm() <= 16 * entry
 
 
 # ---- VeRA ----
