@@ -9,11 +9,12 @@ import torch
 from tqdm import tqdm
 
 from . import files
-from .adapting import (HALF_DTYPES, adaptation_of, adapted_weight, adapters_of, digest, digests, dtype_of,
+from .adapting import (adaptation_of, adapters_of, digest, digests, dtype_of,
                        fingerprint, full_precision, install, is_inside, modules_of, tensors_of, unadapted,
                        unwrap, why_not)
 from .errors import InputError
 from .methods import METHODS, check_options
+from .methods.adapter import HALF_DTYPES
 
 TOLERANCE = 1e-4   # of ‖W z‖: above the rounding of another machine
 RECORD = ("method", "options", "targets", "also_train")
@@ -43,7 +44,7 @@ def save_adapter(model, path, metadata=None):
         for name, tensor in [*trained.items(), *inner.named_parameters()]:
             if (name in trained or tensor.requires_grad) and not tensor.isfinite().all():
                 raise InputError(f"{name} is not finite: training has diverged, use a lower learning rate")
-        layers = {name: {"options": adapter.options, "probe": probe(adapted_weight(adapter)), "state": on_cpu(
+        layers = {name: {"options": adapter.options, "probe": probe(adapter.weight), "state": on_cpu(
             {key: tensor for key, tensor in adapter.state_dict().items() if key not in adapter.frozen})}
             for name, adapter in adapters.items()}
     content = {key: adaptation[key] for key in (*RECORD, "dtype")} | {
@@ -122,7 +123,7 @@ def rebuild(name, linear, method, saved):
         adapter.load_state_dict(adapter.state_dict() | saved["state"])
     except RuntimeError as error:   # the method has changed since
         raise InputError(f"its layer {name} does not fit: {files.one_line(error)}") from None
-    Wz, expected = probe(adapted_weight(adapter)), saved["probe"]
+    Wz, expected = probe(adapter.weight), saved["probe"]
     if not (Wz - expected).norm() <= TOLERANCE * expected.norm():   # `not <=` also catches nan
         raise InputError(f"it does not give back the matrix trained at {name}: the factors of the base have changed")
     return adapter

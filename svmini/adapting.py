@@ -1,6 +1,5 @@
 """Adapt a model, merge its adapters into plain layers, and count its trainable parameters."""
 
-import copy
 import functools
 import warnings
 from collections import Counter
@@ -14,9 +13,7 @@ from tqdm import tqdm
 from . import files
 from .errors import InputError
 from .methods import METHODS, WITHOUT_ADAPTERS, check_options, nearest, options_of
-from .methods.adapter import TRAINABLE_DTYPES, Adapter, check_conversion
-
-HALF_DTYPES = (torch.bfloat16, torch.float16)
+from .methods.adapter import HALF_DTYPES, TRAINABLE_DTYPES, Adapter, check_conversion
 
 
 def adapt(model, method, targets=None, also_train=None, **options):
@@ -77,10 +74,11 @@ def merge(model, dtype=None):
         for name, adapter in adapters_of(inner).items():
             if has_hooks(adapter):
                 raise InputError(f"{name} has hooks, which a merged layer would lose: remove them first")
-            weight, bias = adapted_weight(adapter), adapter.bias
             merged[name] = nn.Linear(adapter.in_features, adapter.out_features, device="meta")
-            merged[name].weight = nn.Parameter(weight.to(dtype or adapter.weight.dtype, copy=True))
-            merged[name].bias = None if bias is None else nn.Parameter(bias.to(dtype or bias.dtype, copy=True))
+            for key in ("weight", "bias"):
+                value = getattr(adapter, key)
+                value = None if value is None else nn.Parameter(value.to(dtype or adapter.base_dtype, copy=True))
+                setattr(merged[name], key, value)
         replace(inner, merged)
         if dtype:
             inner.to(dtype)
@@ -225,12 +223,6 @@ def names_for(model, attribute, names):
 def adapters_of(model):
     """{path: Adapter} of an adapted model, in the order of its modules."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
-
-
-def adapted_weight(adapter):
-    """The adapted weight (d_out, d_in), in float32 for a layer in half precision: not rounded to the layer's dtype."""
-    half = any(t.dtype in HALF_DTYPES for t in adapter.buffers())
-    return (copy.deepcopy(adapter).float() if half else adapter).weight
 
 
 def adaptation_of(model, otherwise):
