@@ -39,7 +39,7 @@ class LoRA(Adapter):
 
     @property
     def weight(self):
-        return self.W0 + self.scale * self.B @ self.A           # (d_out, d_in)
+        return (self.W0 + self.scale * self.B @ self.A).to(self.base_dtype)         # (d_out, d_in)
 
     def forward(self, x):
         A = self.A.to(self.W0.dtype)
