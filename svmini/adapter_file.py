@@ -45,12 +45,12 @@ def save_adapter(model, path, metadata=None):
         for name, tensor in [*trained.items(), *inner.named_parameters()]:
             if (name in trained or tensor.requires_grad) and not tensor.isfinite().all():
                 raise InputError(f"{name} is not finite: training has diverged, use a lower learning rate")
-        layers = {name: {"options": adapter.options, "probe": probe(exact_weight(adapter)), "state": on_cpu(
-            {key: tensor for key, tensor in adapter.state_dict().items() if key not in adapter.frozen})}
+        layers = {name: {"options": adapter.options, "probe": probe(exact_weight(adapter)), "state": {
+            key: tensor.cpu().clone() for key, tensor in adapter.state_dict().items() if key not in adapter.frozen}}
             for name, adapter in adapters.items()}
     content = {key: adaptation[key] for key in (*RECORD, "dtype")} | {
         "base": fingerprint(adaptation["base"], trained), "metadata": files.plain(metadata or {}), "layers": layers,
-        "trained": on_cpu(trained)}
+        "trained": {name: tensor.detach().cpu().clone() for name, tensor in trained.items()}}
     files.save(path, "adapter", content)
 
 
@@ -110,10 +110,8 @@ def check_base(content, model, tensors, base):
             has = "no such tensor" if tensor is None else f"{tuple(tensor.shape)} in {tensor.dtype}"
             raise InputError(f"it holds {name} of shape {tuple(value.shape)} in {value.dtype}, the model has {has}")
     if content["base"] != fingerprint(base, content["trained"]):
-        dtypes = "" if content["dtype"] == dtype_of(model) else (
-            f"; its values were in {content['dtype']}, those of this model are in {dtype_of(model)}")
-        raise InputError("it was trained on another base model: load the weights that training started from, a ViT at "
-                         f"the same image size{dtypes}")
+        raise InputError("it was trained on another base model: load the weights that training started from, a ViT at the "
+                         f"same image size (the base was in {content['dtype']}, this model is in {dtype_of(model)})")
 
 
 def rebuild(name, linear, content, saved):
@@ -135,7 +133,3 @@ def probe(weight):
     """W z (d_out,) in float64 for one fixed z, z_k = cos k, to tell one adapted matrix from another."""
     z = torch.arange(1, weight.shape[1] + 1, dtype=torch.float64, device="cpu").cos()
     return weight.detach().cpu().double() @ z
-
-
-def on_cpu(state):
-    return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}

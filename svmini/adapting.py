@@ -96,14 +96,11 @@ def count_trainable(model):
     """
     inner = unwrap(model)
     record = vars(inner).get("adaptation") or {"method": "full", "also_train": getattr(inner, "also_train", ())}
-    trained = {p: p.numel() for p in inner.parameters() if p.requires_grad}
-    total = sum(trained.values())
-    if record["method"] == "full":
-        heads = {p for module in heads_of(inner, record["also_train"]) for p in module.parameters()}
-        head = sum(trained.get(p, 0) for p in heads)
-    else:
-        head = total - sum(trained.get(p, 0) for adapter in adapters_of(inner).values() for p in adapter.parameters())
-    return {"adapter": total - head, "head": head, "total": total}
+    counts = {"adapter": 0, "head": 0}
+    for name, p in inner.named_parameters():
+        full = record["method"] == "full" and not is_inside(name, record["also_train"])
+        counts["adapter" if full or is_inside(name, record.get("layers", ())) else "head"] += p.numel() * p.requires_grad
+    return counts | {"total": sum(counts.values())}
 
 
 # ---- which layers are adapted ----
