@@ -1,8 +1,9 @@
-"""Bad input gives one line with what is wrong and what to do, exit code 2, and writes nothing. Bugs keep a traceback."""
+"""Bad input gives one line with what is wrong and what to do, exit code 2, and no files. Bugs keep their traceback."""
 
 import argparse
 import functools
 import io
+import os
 import sys
 
 import pytest
@@ -70,7 +71,7 @@ def quick(monkeypatch):
 
 
 def refused(main, argv, parts, folder, capsys):
-    """Assert that main(argv) prints one line with all parts, returns 2 and leaves every file of the folder as it was."""
+    """Assert that main(argv) prints one line with all parts, returns 2 and leaves the files of the folder as they were."""
     def listing():
         return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -98,10 +99,12 @@ FLAGS = [
     ("--steps 0", "--steps", "a whole number of at least 1"), ("--steps -3", "of at least 1", "'-3'"),
     ("--steps 2.5", "a whole number", "'2.5'"), (f"--steps {2**63}", "a whole number"),
     ("--batch-size 0", "--batch-size"),
-    ("--seed -1", "--seed", "of at least 0"), ("--seeds 0", "--seeds", "from 1 to 1000"), ("--lr-sweep 0", "--lr-sweep"),
+    ("--seed -1", "--seed", "of at least 0"), ("--seeds 0", "--seeds", "from 1 to 1000"),
+    ("--lr-sweep 0", "--lr-sweep"),
     ("--seeds 1000000000", "--seeds", "from 1 to 1000"), ("--lr-sweep 1000000000", "--lr-sweep", "from 1 to 100"),
     ("--save-every -1", "--save-every", "of at least 0"), ("--eval-every 1.5", "--eval-every"),
-    ("--grad-accum-steps 0", "--grad-accum-steps", "of at least 1"), ("pretrain --n-layer 0", "--n-layer", "of at least 1"),
+    ("--grad-accum-steps 0", "--grad-accum-steps", "of at least 1"),
+    ("pretrain --n-layer 0", "--n-layer", "of at least 1"),
     ("pretrain --d-model x", "--d-model", "a whole number"), ("--data xyz", "no 'xyz'", "choose from"),
     ("--device gpu", "--device", "'gpu'", "cpu"), ("--dtype float8", "--dtype", "'float8'", "bfloat16"),
     ("--targets ,", "--targets", "query,value"), ("--methods", "--methods", "expected at least one"),
@@ -124,7 +127,7 @@ def test_a_bad_flag_is_refused_before_a_folder_is_made(script, argv, parts, tmp_
     assert not list(tmp_path.iterdir())
 
 
-# What is refused once the sizes of the model, a file or the data are known, but before pretraining. FILES: see `things`.
+# What is refused once the model, a file or the data are known, but before pretraining. FILES: see `things`.
 BOTH = [
     ("--methods lora:rank=x", "rank must be a whole number", "'x'"), ("--methods lora:rank=2.5", "2.5"),
     ("--methods lora:rank=999", "lora does not fit blocks.0.attention.query (128x128)", "128"),
@@ -145,7 +148,8 @@ BOTH = [
 ]
 TABLES = {
     "gpt": BOTH + [
-        ("--data topic", "no 'topic'", "did you mean 'topics'?"), ("--methods head", "no head that could be trained alone"),
+        ("--data topic", "no 'topic'", "did you mean 'topics'?"),
+        ("--methods head", "no head that could be trained alone"),
         ("--data file:", "no 'file:'"), ("--data file:FILES/none.txt", "there is no file", "none.txt"),
         ("--data file:FILES", "there is no file"), ("--data file:FILES/tiny.txt", "too short to train on"),
         ("--data file:FILES/one.txt", "paragraphs", "at least 10"), ("--data file:FILES/latin.txt", "not UTF-8 text"),
@@ -160,7 +164,7 @@ TABLES = {
         ("--init FILES/nameless.pt", "does not name its tokenizer"),
         ("--data arithmetic --init FILES/text.pt", "text.pt", "does not go with --data arithmetic"),
         ("--data topics --init FILES/arithmetic.pt", "was trained on arithmetic", "does not go with --data topics"),
-        ("--data topics --base-data arithmetic", "arithmetic was trained on arithmetic", "does not go with --data topics"),
+        ("--data topics --base-data arithmetic", "arithmetic was trained on arithmetic", "--data topics"),
         ("--block-size 129 --init FILES/text.pt", "--block-size 129 exceeds the 128 tokens"),
         ("--data arithmetic --block-size 64", "text"),
         ("pretrain --data arithmetic --block-size 64", "--block-size belongs to text"),
@@ -236,8 +240,8 @@ def test_an_unusable_out_or_device_is_refused_at_the_start(script, tmp_path, cap
         if not there:
             argv = ["--device", device, "--out", str(tmp_path / "new")]
             refused(MAINS[script], argv, [f"'{device}' is not available", "cpu"], tmp_path, capsys)
-    monkeypatch.setattr(cli.tempfile, "TemporaryFile", lambda dir: (_ for _ in ()).throw(OSError(30, f"read-only: {dir}")))
-    refused(MAINS[script], ["--out", str(tmp_path / "r")], [f"read-only: {tmp_path / 'r'}"], tmp_path, capsys)
+    monkeypatch.setattr(cli.tempfile, "TemporaryFile", lambda dir: os.open(f"{dir}/none/x", os.O_RDONLY))   # an OSError
+    refused(MAINS[script], ["--out", str(tmp_path / "r")], [str(tmp_path / "r")], tmp_path, capsys)
 
 
 @pytest.mark.parametrize("error, code", [
