@@ -24,12 +24,13 @@ def derived_metadata(base_metadata, metadata):
     return {key: base_metadata[key] for key in ("tokenizer", "published") if key in base_metadata} | metadata
 
 
-def load_model(path, model_class):
-    """Return (model, metadata) from a file that save_model wrote, in the dtype that the file holds.
+def load_model(path, model_class, file=None):
+    """Return (model, metadata) from a file that save_model wrote, in the dtype that the file holds. file: what torch.load
+    returned for the path, if it was read already.
 
     Raises MissingFile, or InputError for another kind of file or model.
     """
-    content = files.load(path, "model")
+    content = files.load(path, "model") if file is None else files.check(file, "model", path)
     if content["class"] != model_class.__name__:
         raise InputError(f"{path} holds a {content['class']}, not a {model_class.__name__}")
     model = model_class(model_class.Config(**content["config"])).to(next(iter(content["state"].values())).dtype)
@@ -50,14 +51,16 @@ def load_base(source, model_class, n_head=None):
     return model.float(), metadata
 
 
-def load_any(source, model_class, n_head=None):
-    """Return what load_base returns, in the dtype of the model file (published weights: see from_pretrained)."""
-    urls = model_class.urls()
+def load_any(source, model_class=None, n_head=None):
+    """Return what load_base returns, in the dtype of the model file (published weights: see from_pretrained). Without a
+    model_class, the source decides between GPT and ViT."""
+    urls = model_class.urls() if model_class else GPT.urls() | ViT.urls()
     weights = source if str(source) in urls else read_source(source, urls)
+    model_class = model_class or class_of(weights)
     if isinstance(weights, dict) and "kind" in weights:   # a file of svmini's: load_model rejects all but models
         if n_head is not None:
             raise InputError(f"{source} contains its number of heads: leave out --n-head")
-        model, metadata = load_model(source, model_class)
+        model, metadata = load_model(source, model_class, weights)
         return model, {"published": False} | metadata
     return model_class.from_pretrained(weights, n_head=n_head), {"data": Path(source).stem, "published": True}
 
@@ -68,10 +71,13 @@ def load_adapted(source, adapter, model_class, n_head=None):
     The model has the dtype of its file. A ViT gets the image size and the classifier of the adapter's training.
     """
     model, metadata = load_any(source, model_class, n_head)
-    if adapter is None:
-        return model, metadata
+    return (model, metadata) if adapter is None else with_adapter(model, metadata, adapter)
+
+
+def with_adapter(model, metadata, adapter):
+    """Put the adapter from a file on a base model, in place, as in load_adapted. Returns (model, metadata)."""
     trained_on = files.load(adapter, "adapter")["metadata"]
-    if model_class is ViT and "image_size" in trained_on:
+    if isinstance(model, ViT) and "image_size" in trained_on:
         model.set_input_size(trained_on["image_size"])
         model.reset_classifier(len(trained_on["classes"]))
     return load_adapter(model, adapter), metadata | trained_on
@@ -92,9 +98,9 @@ def tokenizer_of_model(model, metadata, source):
 
 
 def class_of(source):
-    """Return GPT or ViT for a name of published weights or a file."""
+    """Return GPT or ViT for a name of published weights, a file, or what was read from one."""
     urls = GPT.urls() | ViT.urls()
-    if str(source) in urls:
+    if not isinstance(source, dict) and str(source) in urls:
         return GPT if str(source) in GPT.urls() else ViT
     state = read_source(source, urls)
     if "kind" in state:
