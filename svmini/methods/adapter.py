@@ -1,7 +1,5 @@
 """The contract that every method follows."""
 
-import math
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -131,5 +129,7 @@ def check_int(name, value, low, high=None):
 
 
 def is_number(value):
-    """Return True for a finite int or float. A bool, which Python counts as an int, is not a number here."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Return True for an int or float that float32 can represent. A bool, which Python counts as an int, is none."""
+    limits = torch.finfo(torch.float32)
+    return (isinstance(value, (int, float)) and not isinstance(value, bool)
+            and (value == 0 or limits.tiny <= abs(value) <= limits.max))

@@ -30,7 +30,7 @@ class LoRA(Adapter):
             root = S[:rank].sqrt()
             self.B = nn.Parameter(U[:, :rank] * root)           # (d_out, r)
             self.A = nn.Parameter(root[:, None] * Vt[:rank])    # (r, d_in)
-            self.register_frozen("W0", (W0 - self.B @ self.A).to(W0.dtype))         # W_res
+            self.register_frozen("W_res", (W0 - self.B @ self.A).to(W0.dtype))
         else:
             self.A = nn.Parameter(W0.new_empty(rank, self.in_features))
             nn.init.uniform_(self.A, -self.in_features ** -0.5, self.in_features ** -0.5)
@@ -38,12 +38,17 @@ class LoRA(Adapter):
             self.register_frozen("W0", W0)
 
     @property
+    def frozen_weight(self):
+        """W0, or W_res for PiSSA (d_out, d_in)."""
+        return self.W_res if self.options["init"] == "pissa" else self.W0
+
+    @property
     def weight(self):
-        return self.W0 + self.scale * self.B @ self.A           # (d_out, d_in)
+        return self.frozen_weight + self.scale * self.B @ self.A        # (d_out, d_in)
 
     def forward(self, x):
-        A = self.A.to(self.W0.dtype)
-        return add_update(x, self.W0, self.bias, F.linear(x, A), self.scale * self.B)
+        W = self.frozen_weight
+        return add_update(x, W, self.bias, F.linear(x, self.A.to(W.dtype)), self.scale * self.B)
 
     @staticmethod
     def count(d_out, d_in, *, rank=8, alpha=None, init="kaiming"):

@@ -22,8 +22,8 @@ def thin_svd(weight):
     """Return copies of the thin SVD's factors on the weight's device.
 
     weight (d_out, d_in) -> U (d_out, D), S (D,) descending, Vt (D, d_in), with D = min(d_out, d_in). The SVD is computed
-    in float64 on the CPU and cast to the weight's dtype; S of a half-precision weight is in float32. In every column of
-    U the entry of largest size is positive.
+    in float64 on the CPU and cast to the weight's dtype, or to float32 for bf16 and fp16. In every column of U the entry
+    of largest size is positive.
 
     The sign of a pair of singular vectors is arbitrary, and u_i v_jᵀ changes with it. The rule makes M mean the same on
     every machine. float32 would not suffice: single vectors are off by 3e-4 there, and the rule can tip over.
@@ -39,8 +39,8 @@ def thin_svd(weight):
             U, Vt = Vt.t(), U.t()
         largest = U.gather(0, U.abs().argmax(dim=0, keepdim=True))          # (1, D)
         sign = torch.where(largest < 0, -1.0, 1.0)                          # (1, D)
-        S = S.float() if W.dtype in HALF_DTYPES else S.to(W.dtype)
-        _cache[key] = tuple(t.contiguous() for t in ((U * sign).to(W.dtype), S, (Vt * sign.t()).to(W.dtype)))
+        dtype = torch.float32 if W.dtype in HALF_DTYPES else W.dtype
+        _cache[key] = tuple(t.to(dtype).contiguous() for t in (U * sign, S, Vt * sign.t()))
         while sum(t.nbytes for factors in _cache.values() for t in factors) > CACHE_BYTES and len(_cache) > 1:
             _cache.popitem(last=False)
     return tuple(t.to(weight.device, copy=True) for t in _cache[key])

@@ -33,9 +33,9 @@ class SVFit(Adapter):
         self.register_frozen("W0", None if factors_only else linear.weight)
         if r < len(S):
             U, S, Vt = U[:, :r].clone(), S[:r].clone(), Vt[:r].clone()      # a slice would keep the full tensor alive
-        self.register_frozen("U", U)
+        self.register_frozen("U", U.to(linear.weight.dtype))
         self.register_frozen("S", S)
-        self.register_frozen("Vt", Vt)
+        self.register_frozen("Vt", Vt.to(linear.weight.dtype))
         self.s = nn.Parameter(S.clone())
 
     @property

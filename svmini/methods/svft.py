@@ -22,8 +22,9 @@ the transpose and uses U itself if the matrix is not square. Here topk ranks the
 choice would depend on arbitrary signs.
 
 On a bf16 or fp16 base model, U Σ Vᵀ would differ from W0 by rounding (relative error 3e-3). The layer then keeps W0 and
-computes W0 + U M Vᵀ for every rank, which is W0 exactly at the start. Under bf16 autocast a float32 layer rounds up to
-three times, because the factors replace W0: docs/results.md has the measured loss.
+computes W0 + U M Vᵀ for every rank, which is W0 exactly at the start. In a float32 layer without a rank, the factors
+replace W0, and bf16 autocast rounds them one by one: the output error of a layer, measured on a real ViT, is 1.2 to 1.5
+times that of the base layer.
 """
 
 from functools import lru_cache
@@ -54,9 +55,9 @@ class SVFT(Adapter):
         self.register_frozen("W0", None if factors_only else linear.weight)
         if r < len(S):
             U, S, Vt = U[:, :r].clone(), S[:r].clone(), Vt[:r].clone()      # a slice would keep the full tensor alive
-        self.register_frozen("U", U)                            # (d_out, r)
+        self.register_frozen("U", U.to(linear.weight.dtype))    # (d_out, r)
         self.register_frozen("S", S)                            # (r,)
-        self.register_frozen("Vt", Vt)                          # (r, d_in)
+        self.register_frozen("Vt", Vt.to(linear.weight.dtype))  # (r, d_in)
         k = self.count(*linear.weight.shape, **options)
         # The paper's M is a matrix (r, r). This parameter is the vector of its k trained entries; all others are zero.
         self.M = nn.Parameter(torch.zeros(k, dtype=S.dtype, device=S.device))
@@ -122,10 +123,10 @@ def positions(pattern, U, Vt, off_diagonals, k, seed):
 
 def random_basis(weight, seed):
     """Return Q_1 (d_out, D), zeros (D,) and Q_2ᵀ (D, d_in) in place of thin_svd's factors: the control."""
-    (d_out, d_in), D = weight.shape, min(weight.shape)
+    (d_out, d_in), D, device = weight.shape, min(weight.shape), weight.device
     dtype = torch.float32 if weight.dtype in HALF_DTYPES else weight.dtype
-    return (orthonormal(d_out, D, 2 * seed).to(weight, copy=True), weight.new_zeros(D, dtype=dtype),
-            orthonormal(d_in, D, 2 * seed + 1).t().contiguous().to(weight, copy=True))
+    return (orthonormal(d_out, D, 2 * seed).to(device, dtype, copy=True), weight.new_zeros(D, dtype=dtype),
+            orthonormal(d_in, D, 2 * seed + 1).t().contiguous().to(device, dtype, copy=True))
 
 
 @lru_cache(maxsize=16)

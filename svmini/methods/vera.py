@@ -43,10 +43,10 @@ class VeRA(Adapter):
     def forward(self, x):
         if builds_first(x, self.W0.shape, len(self.d)):     # if r exceeds the width, as on the teaching models
             return super().forward(x)
-        flat, d = x.reshape(-1, self.in_features), self.d.to(self.A.dtype)          # (T, d_in)
-        update = F.linear(F.linear(flat, self.A) * d, self.B)                       # (T, d_out)
-        y = F.linear(flat, self.W0, self.bias)
-        y.addcmul_(update, self.b.to(y.dtype))                                      # in place: see add_update
+        flat = x.reshape(-1, self.in_features)                                      # (T, d_in)
+        h = (F.linear(flat, self.A) * self.d).to(self.A.dtype)                      # (T, r)
+        y = F.linear(flat, self.W0, self.bias)                                      # (T, d_out)
+        y.addcmul_(F.linear(h, self.B), self.b)                                     # in place: see add_update
         return y.view(*x.shape[:-1], self.out_features)
 
     @staticmethod

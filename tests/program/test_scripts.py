@@ -96,7 +96,7 @@ def test_a_run_writes_its_files_and_prints_what_a_reader_needs(story):
     if name == "arithmetic":
         assert re.search(r"\d{3}-\d{3}=\d+  model: ", printed)
     if name == "pairs":
-        assert printed.count("\nModel:") == 4 and "16 pairs to train" in printed
+        assert printed.count("\nModel:") == 4 and "16 pairs in train" in printed
 
 
 def test_the_same_seed_gives_the_same_numbers_and_the_base_is_reused(story, tmp_path):
