@@ -1,40 +1,49 @@
-"""The command line: flags that both scripts share, and errors as one line with exit code 2."""
+"""The command line: flags that the scripts and tools share, and errors as one line with exit code 2."""
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 from .errors import InputError
 from .methods import METHODS, nearest, parse_spec
+from .training.checkpoint import delete_temporary, file_name
 from .training.loop import Diverged, Stopped
+
+SIZES = {"n_layer": "transformer blocks", "n_head": "attention heads", "d_model": "width of the model",
+         "block_size": "tokens of context", "image_size": "side of the images in pixels",
+         "patch_size": "side of a patch in pixels"}
+N_HEAD = "attention heads of published weights (default: width / 64)"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, and whose flags are written out and have their help on one line."""
+    """An argparse parser with one-line errors, without abbreviated flags, and with one line of help per flag."""
 
-    def __init__(self, command, about, **more):
+    def __init__(self, command, description):
         def wide(prog):
-            return argparse.HelpFormatter(prog, max_help_position=36, width=140)
-        super().__init__(f"python {command}", description=about, formatter_class=wide, allow_abbrev=False, **more)
+            return argparse.HelpFormatter(prog, max_help_position=36, width=150)
+        super().__init__(f"python {command}", description=description, formatter_class=wide, allow_abbrev=False)
 
     def error(self, message):
-        what, _, words = message.partition("unrecognized arguments: ")
-        if words:   # argparse itself suggests nothing
-            message += nearest(words.split()[0], [*self._option_string_actions, "pretrain"])
+        _, _, unknown = message.partition("unrecognized arguments: ")
+        if unknown:
+            message += nearest(unknown.split()[0], [*self._option_string_actions, "pretrain"])
         raise InputError(f"{message} (see {self.prog} --help)")
 
 
-def number(low, kind=int, above=False):
-    """An argparse type: a number of at least `low`, or above it."""
+# ---- argparse types ----
+
+def number(low, kind=int, above=False, high=2**62):
+    """Return an argparse type: a number of at least `low` (or above it) and at most `high`."""
     def convert(text):
         try:
             value = kind(text)
         except ValueError:
             value = float("nan")
-        if not (value > low if above else value >= low) or value == float("inf") or kind is int and value > 2**62:
-            what = "a whole number" if kind is int else "a number"
-            bound = f"above {low}" if above else f"of at least {low}"
-            raise argparse.ArgumentTypeError(f"must be {what} {bound}, not {text!r}")
+        if not (value > low if above else value >= low) or value == float("inf") or kind is int and value > high:
+            noun = "a whole number" if kind is int else "a number"
+            bound = f"above {low}" if above else f"of at least {low}" if high == 2**62 else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"must be {noun} {bound}, not {text!r}")
         return value
     return convert
 
@@ -48,7 +57,7 @@ def names(text):
 
 
 def method_spec(text):
-    """An argparse type: a method's word, or all. Whether it fits the model is seen later."""
+    """An argparse type: a method spec or "all". Whether a spec fits the model is checked later."""
     try:
         return text if text == "all" else parse_spec(text) and text
     except InputError as error:
@@ -56,117 +65,145 @@ def method_spec(text):
 
 
 def one_of(known):
-    """An argparse type: a word of `known`, or one with a path where known has "folder:PATH" or the like."""
+    """Return an argparse type: a name in `known`, or a prefix with a path if "folder:PATH" or the like is in it."""
     def convert(text):
-        word, colon, path = text.partition(":")
-        if text not in known and not (path and f"{word}:PATH" in known):
+        prefix, _, path = text.partition(":")
+        if text not in known and not (path and f"{prefix}:PATH" in known):
             raise argparse.ArgumentTypeError(f"there is no {text!r}{nearest(text, known)}; choose from "
                                              + ", ".join(known))
         return text
     return convert
 
 
+# ---- flags ----
+
 def add_device(p):
-    for flag, about, names in (("--device", "where to compute", ("auto", "cpu", "cuda", "mps")),
-                               ("--dtype", "of autocast", ("auto", "float32", "bfloat16", "float16"))):
-        p.add_argument(flag, default="auto", choices=names, metavar="NAME", help=f"{about}: {' | '.join(names)}")
+    for flag, what, names, auto in (
+            ("--device", "device", ("auto", "cpu", "cuda", "mps"), "the first of cuda, mps, cpu that is available"),
+            ("--dtype", "autocast", ("auto", "float32", "bfloat16", "float16"), "half precision on CUDA only")):
+        p.add_argument(flag, default="auto", choices=names, metavar="NAME",
+                       help=f"{what}: {' | '.join(names)} (default: auto, {auto})")
 
 
-def add_model(p, names="a name", adapter_required=False):
-    """The flags that name a model and an adapter for it. names: what published weights are called, for the help."""
-    p.add_argument("--init", required=True, metavar="MODEL", help=f"a model file, a file of weights, or {names}")
-    p.add_argument("--adapter", required=adapter_required, metavar="FILE", help="an adapter file that goes with it")
-    p.add_argument("--n-head", type=number(1), metavar="N", help="of weights whose heads are not of width 64")
+def add_model(p, names="a name of published weights", adapter_required=False):
+    """Add the flags of a base model and its adapter. names: how the help refers to published weights."""
+    p.add_argument("--init", required=True, metavar="MODEL",
+                   help=f"base model: a model file, a file of published weights, or {names} (required)")
+    p.add_argument("--adapter", required=adapter_required, metavar="FILE",
+                   help=f"adapter file for the base model ({'required' if adapter_required else 'default: none'})")
+    p.add_argument("--n-head", type=number(1), metavar="N", help=N_HEAD)
 
 
-def training_parser(command, about, data, default):
-    """The flags of every training. data: what --data may name."""
-    p = Parser(command, about)
+def training_parser(command, description, data):
+    """Return a parser with the flags of every training run. data: the names that --data accepts, the default first."""
+    p, default = Parser(command, description), next(iter(data))
     a = p.add_argument
-    a("--data", default=default, type=one_of(data), metavar="NAME", help=" | ".join(data) + f" ({default})")
-    a("--data-dir", metavar="DIR", help="where real data lie, or are downloaded to")
-    a("--out", metavar="DIR", help="where results go (out/MODEL-DATA)")
+    names = " | ".join(data)
+    a("--data", default=default, type=one_of(data), metavar="NAME", help=f"dataset: {names} (default: {default})")
+    a("--data-dir", metavar="DIR", help="folder of real datasets, for downloads too (default: data; images: none)")
+    a("--out", metavar="DIR", help="folder for the results (default: out/MODEL-DATA)")
     add_device(p)
-    a("--compile", action="store_true", help="training steps through torch.compile")
-    a("--seed", type=number(0), default=0, metavar="N", help="of everything that is drawn")
-    a("--steps", type=number(1), metavar="N", help="training steps")
-    a("--batch-size", type=number(1), metavar="N", help="examples a step")
-    a("--grad-accum-steps", type=number(1), metavar="N", help="parts in which a batch goes through, to save memory")
-    a("--save-every", type=number(0), default=0, metavar="N", help="steps between checkpoints (0: at the end)")
-    a("--eval-every", type=number(0), default=0, metavar="N", help="steps between evaluations (0: at the end)")
-    a("--resume", action="store_true", help="go on where the same command was stopped")
+    a("--compile", action="store_true", help="compile the training steps with torch.compile (default: off)")
+    a("--seed", type=number(0), default=0, metavar="N", help="seed of everything that is drawn (default: 0)")
+    a("--steps", type=number(1), metavar="N", help="training steps (default: depends on --data)")
+    a("--batch-size", type=number(1), metavar="N", help="examples per step (default: depends on --data)")
+    a("--grad-accum-steps", type=number(1), metavar="N",
+      help="split each batch into N micro-batches to save memory (default: 1)")
+    a("--save-every", type=number(0), default=0, metavar="N", help="steps between checkpoints (default: 0, at the end)")
+    a("--eval-every", type=number(0), default=0, metavar="N", help="steps between validations (default: 0, at the end)")
+    a("--resume", action="store_true", help="continue what the same command began in --out (default: start again)")
     return p
 
 
-def adapting_parser(command, about, data, weights):
-    """The flags of adapting a base by several methods. weights: names of published weights, for the help."""
-    p = training_parser(command, f"{about} `{command} pretrain` trains a base alone.", data, next(iter(data)))
-    p.epilog = ("A method is one word: full, head, " + ", ".join(METHODS) + ", with options and targets where wanted: "
-                "svft:pattern=banded,off_diagonals=8@query,value")
+def adapting_parser(command, description, data, weights):
+    """Return a parser with the flags of a comparison. weights: examples of published weights, for the help."""
+    p = training_parser(command, f"{description} `{command} pretrain` only pretrains a base model.", data)
+    p.epilog = ("A method spec is a name with optional arguments and target layers: "
+                f"svft:pattern=banded,off_diagonals=8@query,value. Names: full, head, {', '.join(METHODS)}.")
     a = p.add_argument
-    what, base, rates = (p.add_mutually_exclusive_group() for _ in range(3))
-    what.add_argument("--methods", nargs="+", type=method_spec, metavar="M",
-                      help="the methods' words; all: every method's examples")
-    what.add_argument("--quick", action="store_true", help="a few rows in under a minute")
-    base.add_argument("--init", metavar="MODEL", help=f"the base: a model file, a file of weights, or {weights}")
-    base.add_argument("--base-data", metavar="NAME", help="what a base is pretrained on, where no --init brings one")
-    rates.add_argument("--lr", type=number(0, float, True), metavar="X", help="a rate for all, no tuned ones")
-    rates.add_argument("--lr-sweep", type=number(1), metavar="N", help="try N rates, a factor 2 apart, on validation data")
-    a("--seeds", type=number(1), default=1, metavar="N", help="runs of every method")
-    a("--targets", type=names, metavar="A,B", help="layers to adapt, where a method's word names none")
-    a("--n-head", type=number(1), metavar="N", help="of --init's weights, where heads are not of width 64")
+    base, lrs = (p.add_mutually_exclusive_group() for _ in range(2))
+    a("--methods", nargs="+", type=method_spec, metavar="SPEC",
+      help="method specs to compare; all adds every method's examples (default: the main methods)")
+    a("--quick", action="store_true", help="smoke test: fewer steps, and few methods unless --methods (default: off)")
+    base.add_argument("--init", metavar="MODEL", help=f"base model: a file or {weights} (default: pretrain one)")
+    base.add_argument("--base-data", metavar="NAME",
+                      help="dataset for pretraining the base model when --init is not given (default: depends on --data)")
+    lrs.add_argument("--lr", type=number(0, float, True), metavar="X",
+                     help="learning rate of every method (default: tuned for each method)")
+    lrs.add_argument("--lr-sweep", type=number(1, high=100), metavar="N",
+                     help="number of learning rates to try per method, on validation data (default: no sweep)")
+    a("--seeds", type=number(1, high=1000), default=1, metavar="N",
+      help="runs per method, with seeds from --seed on (default: 1)")
+    a("--targets", type=names, metavar="A,B",
+      help="layers to adapt, for specs without targets (default: query,key,value,out,up,down)")
+    a("--n-head", type=number(1), metavar="N", help=N_HEAD)
     return p
 
 
-def pretraining_parser(command, about, data, **sizes):
-    """The flags of training a base. sizes: of the model, by the name of their flag; None where the data decide."""
-    p = training_parser(f"{command} pretrain", about, data, next(iter(data)))
-    p.add_argument("--lr", type=number(0, float, True), metavar="X", help="learning rate")
-    p.add_argument("--weight-decay", type=number(0, float), metavar="X", help="of AdamW: much of it unlearns the start")
+def pretraining_parser(command, description, data, **sizes):
+    """Return a parser with the flags of pretraining. sizes: of the model; None if the default depends on the data."""
+    p = training_parser(f"{command} pretrain", description, data)
+    a = p.add_argument
+    a("--lr", type=number(0, float, True), metavar="X", help="peak learning rate (default: depends on --data)")
+    a("--weight-decay", type=number(0, float), metavar="X", help="weight decay of AdamW (default: depends on --data)")
     for name, value in sizes.items():
-        p.add_argument("--" + name.replace("_", "-"), type=number(1), default=value, metavar="N",
-                       help=f"of the model ({'by the data' if value is None else value})")
+        default = "depends on --data" if value is None else value
+        a("--" + name.replace("_", "-"), type=number(1), default=value, metavar="N",
+          help=f"{SIZES[name]} (default: {default})")
     return p
 
 
 def given(flags, *names):
-    """{name: value} of the flags that were given, for dataclasses.replace."""
+    """Return {name: value} of the flags that were given, as arguments of a TrainConfig."""
     return {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
 
 
 def out_folder(flags, model):
-    """The folder of --out, made now: better than after an hour. Raises InputError where it is a file."""
+    """Return the folder of --out, created and tested now rather than after an hour. Raises InputError or OSError."""
     quick = "-quick" if getattr(flags, "quick", False) else ""
-    data = "".join(c if c.isalnum() or c in "._-" else "_" for c in flags.data)
-    out = Path(flags.out or f"out/{model}-{data}{quick}")
+    out = Path(flags.out or f"out/{file_name(f'{model}-{flags.data}')}{quick}")
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: give a folder")
     out.mkdir(parents=True, exist_ok=True)
+    for folder in (out, out / "pretrain", out / "runs"):
+        if folder.is_dir():
+            with tempfile.TemporaryFile(dir=folder):   # fails if the folder is read-only
+                delete_temporary(folder)
     return out
 
 
+# ---- a command ----
+
 def run_command(main, argv=None, **commands):
-    """Call main(argv), or the command that the first word names, and return its exit code. What the user can mend
-    becomes one line on stderr and exit code 2; a mistake of ours, or in a new method, keeps its traceback."""
+    """Call main(argv), or the command named by the first argument, and return its exit code.
+
+    An error that the user can correct becomes one line on stderr and exit code 2 (1 if training diverged). A bug, ours
+    or one in a new method, keeps its traceback.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in commands:
         main, argv = commands[argv[0]], argv[1:]
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")   # a character that the terminal cannot show becomes "?"
     try:
+        for text in argv:
+            if text.encode("utf-8", "replace").decode() != text:
+                raise InputError(f"{ascii(text)} is not valid UTF-8: rename the file, or set PYTHONUTF8=1")
         return main(argv) or 0
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return 130
-    except KeyboardInterrupt:   # between two trainings, or a second Ctrl-C
-        print("stopped; what trains goes on by the same command with --resume", file=sys.stderr)
+    except KeyboardInterrupt:   # between two training runs, or the second Ctrl-C
+        print("stopped. Training continues with the same command and --resume", file=sys.stderr)
         return 130
     except Diverged as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
-        said = str(error).lower()
-        if not isinstance(error, MemoryError) and "out of memory" not in said and "tried to allocate" not in said:
+        text = str(error).lower()
+        if not isinstance(error, MemoryError) and "out of memory" not in text and "tried to allocate" not in text:
             raise
-        print(f"error: not enough memory ({' '.join(str(error).split())[:120]}): try a smaller --batch-size, or "
+        print(f"error: not enough memory ({' '.join(str(error).split())[:120]}): use a smaller --batch-size, or "
               "--grad-accum-steps", file=sys.stderr)
         return 2
     except (InputError, OSError) as error:

@@ -1,4 +1,4 @@
-"""For all tests: one thread, since the models are tiny and threads would wait for one another; and the slow mark."""
+"""Settings of all tests: one thread, because the models are tiny and threads would wait for each other; the slow mark."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: more of the same, beyond the three minutes: python -m pytest -m slow")
+    config.addinivalue_line("markers", "slow: further cases, run by python -m pytest -m slow")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,6 +1,8 @@
-"""A run's folder: what it was started with, its log, the checkpoint to resume from, and what came of it."""
+"""The folder of one run: its run config, its log, its checkpoint and its result."""
 
+import hashlib
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -9,72 +11,80 @@ from .. import files
 from ..errors import InputError
 from .loop import evaluate
 
-LEFT_BY_A_RUN = ("last.pt", "metrics.jsonl", "row.json", "adapter.pt", "model.pt")
+RUN_FILES = ("last.pt", "metrics.jsonl", "row.json", "adapter.pt", "model.pt")   # a run writes only these
+TEMPORARY = "*." + 8 * "[0-9a-f]" + ".tmp"   # names of the files that files.write_whole has not finished
 
 
 class RunFolder:
-    """One run in one folder, or in none (folder=None), where nothing is kept.
+    """One run in one folder, or in memory only (folder=None).
 
-    run_config: one dict of plain values, all that decides the result. What the folder holds is used under the very
-    same run_config only. resume: go on from what an earlier run left there; without it that is deleted.
-    save_every, eval_every: in steps; 0 means after the last one.
-    log: a list of {"step", "split", "loss", "metric", "lr"}, one for each evaluation.
+    run_config: a dict of plain values with everything that determines the result. Files in the folder are reused only
+    if they were written with the same run_config.
+    resume: continue what an earlier run left in the folder; otherwise it is deleted.
+    save_every, eval_every: steps between checkpoints and between evaluations; 0 means after the last step only.
+    log: a list of {"step", "split", "loss", "metric", "lr"}, one per evaluation.
     """
 
     def __init__(self, folder=None, run_config=None, resume=False, save_every=0, eval_every=0):
         self.folder = None if folder is None else Path(folder)
         self.run_config, self.resume = after_json(run_config or {}), resume
         self.save_every, self.eval_every, self.log = save_every, eval_every, []
-        if self.folder is not None and not resume:
-            delete_run(self.folder)
+        if self.folder is not None:
+            delete_temporary(self.folder)
+            if not resume:
+                delete_run(self.folder)
 
-    def finished(self):
-        """The row that an earlier run finished under the same run_config, or None. Raises InputError where they were
-        others, or the file is damaged."""
+    def finished_row(self, result_file):
+        """Return the row of a finished run, or None if the run must be trained (its result file may have been deleted).
+        Raises InputError if the run config differs or a file is damaged."""
         path = self.folder / "row.json"
         if not self.resume or not path.is_file():
             return None
         content = read_json(path, "run_config", "row")
-        self.compare(path, content["run_config"])
+        self.check_run_config(path, content["run_config"])
+        if not (self.folder / result_file).is_file():
+            return None
+        files.load(self.folder / result_file, Path(result_file).stem)   # a damaged file is reported now
+        (self.folder / "last.pt").unlink(missing_ok=True)               # left if the run was killed in `finish`
         return content["row"]
 
     def restore(self, model, optimizer, scaler):
-        """Go back to last.pt, where resume asks for it and there is one; returns the step to go on from, or 0."""
+        """Restore last.pt if resume is set and the file exists; returns the number of steps done (0 without a file)."""
         path = None if self.folder is None else self.folder / "last.pt"
         if not self.resume or path is None or not path.is_file():
             return 0
         content = files.load(path, "run")
-        self.compare(path, content["run_config"])
-        put_trained_state(model, content["model"])
+        self.check_run_config(path, content["run_config"])
+        load_trained_state(model, content["model"])
         optimizer.load_state_dict(content["optimizer"])
         scaler.load_state_dict(content["scaler"])
         torch.set_rng_state(content["random"][0])
         if torch.cuda.is_available() and len(content["random"]) > 1:
-            torch.cuda.set_rng_state_all(content["random"][1:])
+            torch.cuda.set_rng_state(content["random"][1])
         self.log = content["log"]
-        self.write_log()   # without the lines behind the checkpoint: their steps are done again
+        self.write_log()   # drops the lines after the checkpoint: their steps are repeated
         return content["step"]
 
     def is_due(self, done, steps):
-        """Whether something is evaluated or saved after this step."""
+        """Whether an evaluation or a checkpoint follows this step."""
         return done == steps or any(every and done % every == 0 for every in (self.eval_every, self.save_every))
 
     def after_step(self, done, steps, stopping, model, task, device_config, optimizer, scaler, lr):
-        """Evaluate and save, where it is time for it. stopping: the run ends here, so it must be saved."""
+        """Evaluate and save if this step is due. stopping: the run ends after this step, so save in any case."""
         if done == steps or self.eval_every and done % self.eval_every == 0:
             scores = evaluate(model, task, "val", device_config)
             self.log.append({"step": done, "split": "val", **scores, "lr": lr})
             self.write_log()
         if self.folder is None or not (stopping or done == steps or self.save_every and done % self.save_every == 0):
             return
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        cuda = [torch.cuda.get_rng_state()] if device_config.device.type == "cuda" else []
         files.save(self.folder / "last.pt", "run", {
             "step": done, "model": trained_state(model), "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(), "random": [torch.get_rng_state(), *cuda], "run_config": self.run_config,
             "log": self.log})
 
     def finish(self, row):
-        """Keep the row under the run's run_config. The checkpoint has done its work."""
+        """Write row.json, then delete the checkpoint, which is no longer needed."""
         files.write_text(self.folder / "row.json",
                          json.dumps({"run_config": self.run_config, "row": row}, ensure_ascii=False))
         (self.folder / "last.pt").unlink(missing_ok=True)
@@ -84,26 +94,41 @@ class RunFolder:
             lines = (json.dumps(line) + "\n" for line in self.log)
             files.write_text(self.folder / "metrics.jsonl", "".join(lines))
 
-    def compare(self, path, was):
-        """Raise InputError that names what differs from the run_config that a file was made under."""
-        different = differences(was, self.run_config)
+    def check_run_config(self, path, earlier):
+        """Raise InputError that names what differs if a file was written with another run config."""
+        different = differences(earlier, self.run_config)
         if different:
             raise InputError(f"{path} was made with another run config: {'; '.join(different)}. Give the same flags, "
-                             "another --out, or leave out --resume to begin anew")
+                             "choose another --out, or leave out --resume to start again")
 
 
 def delete_run(folder):
-    """Delete what an earlier run left in its folder."""
-    for name in LEFT_BY_A_RUN:
+    """Delete the files of an earlier run in its folder."""
+    for name in RUN_FILES:
         (Path(folder) / name).unlink(missing_ok=True)
 
 
-def differences(was, now):
-    """["steps was 100 and is 200", ...] of two dicts of plain values."""
+def delete_temporary(folder):
+    """Delete the unfinished files that a killed process left in a folder."""
+    for path in Path(folder).glob(TEMPORARY):
+        path.unlink(missing_ok=True)
+
+
+def file_name(text, longest=100):
+    """Turn a text into a file name that every system accepts. A long or non-ASCII text gets a hash, so that it keeps a
+    name of its own."""
+    name = re.sub(r"[^\w=.,+-]", "_", text, flags=re.ASCII)
+    if len(name) <= longest and text.isascii():
+        return name
+    return f"{name[:longest]}-{hashlib.sha256(text.encode('utf-8')).hexdigest()[:12]}"
+
+
+def differences(earlier, now):
+    """Return ["steps was 100 and is 200", ...] for two dicts of plain values."""
     now = after_json(now)
     found = []
-    for key in sorted(was.keys() | now.keys()):
-        a, b = was.get(key), now.get(key)
+    for key in sorted(earlier.keys() | now.keys()):
+        a, b = earlier.get(key), now.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             found += [f"{key}.{line}" for line in differences(a, b)]
         elif a != b:
@@ -112,31 +137,32 @@ def differences(was, now):
 
 
 def after_json(values):
-    """As they come back from a JSON file: tuples are lists."""
+    """Return the values as a JSON file gives them back: tuples become lists."""
     return json.loads(json.dumps(values))
 
 
 def read_json(path, *keys):
-    """The dict in a JSON file, which holds a dict at each of these keys. Raises InputError where it is damaged."""
+    """Return the dict in a JSON file, with a dict at each of these keys. Raises InputError if the file is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in keys):
-        raise InputError(f"{path} is damaged: delete it to have it made again")
+        raise InputError(f"{path} is damaged: delete it, and the same command writes it again")
     return content
 
 
 def trained_state(model):
-    """{name: tensor} of what training changes, on the CPU: a run's base can be made again and is not stored."""
+    """Return {name: tensor} of the parameters that require gradients, on the CPU. The frozen base is not stored."""
     return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def put_trained_state(model, state):
-    """The inverse of trained_state. Raises InputError where the names or shapes are not those of this model."""
+def load_trained_state(model, state):
+    """Copy a trained_state into a model. Raises InputError if names or shapes differ."""
     ours = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in state.items()}:
-        raise InputError("the checkpoint belongs to another model or method: its trained parameters differ")
+        raise InputError("the checkpoint belongs to another model or method: its trained parameters differ. "
+                         "Leave out --resume to start again")
     with torch.no_grad():
         for name, p in ours.items():
             p.copy_(state[name])

@@ -1,8 +1,7 @@
-"""Adapt one base by several methods, at equal effort, and measure."""
+"""Adapt one base model with several methods, at equal effort, and measure each."""
 
 import copy
 import json
-import re
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,50 +14,58 @@ from ..adapter_file import save_adapter
 from ..adapting import (adapt, count_trainable, digests, find_linears, fingerprint, fitting_linears, heads_of,
                         is_inside, tied_parameters)
 from ..errors import InputError
-from ..methods import METHODS, WITHOUT_ADAPTERS, options_of, parse_spec, canonical_spec
+from ..methods import METHODS, WITHOUT_ADAPTERS, canonical_spec, options_of, parse_spec
 from ..model_file import derived_metadata, save_model
-from .checkpoint import RunFolder, after_json, differences, delete_run, read_json
-from .loop import Diverged, evaluate, train
+from .checkpoint import RunFolder, after_json, delete_run, differences, file_name, read_json
+from .loop import Diverged, TrainConfig, evaluate, train
+from .report import start_and_full
 
 
-def plan(specs, base, targets, learning_rates, lr=None):
-    """{method spec: learning rate}, each method once. `targets` are written into the specs that name none: "svft" with
-    targets ("query",) becomes "svft@query".
+# ---- which methods, at which learning rates ----
 
-    learning_rates: the tuned learning learning_rates, by spec; lr replaces them. Raises InputError for a spec that does not fit the
-    base: before the work, not after it.
+def plan(specs, base, targets, learning_rates, lr=None, head_lr=None):
+    """Return {method spec: learning rate}, each method once.
+
+    targets: written into every spec that has none: "svft" becomes "svft@query" for targets ("query",).
+    learning_rates: tuned learning rates by spec. lr: one learning rate for all methods instead. head_lr: the one of the
+    linear probe (spec: head) instead. Raises InputError for a spec that does not fit the base model, before any work.
     """
-    tuned, planned, known = {canonical_spec(spec): rate for spec, rate in learning_rates.items()}, {}, set()
+    tuned, planned, seen = {canonical_spec(spec): value for spec, value in learning_rates.items()}, {}, set()
     for spec in specs:
-        meaning = fitting(spec, base, targets)
+        meaning = check_spec(spec, base, targets)
+        if meaning in seen:
+            continue
+        seen.add(meaning)
         method, _, own_targets = parse_spec(spec)
-        first = METHODS[method].lr if method in METHODS else 1e-3
-        full_spec = spec if own_targets or not targets or method in WITHOUT_ADAPTERS else f"{spec}@{','.join(targets)}"
-        if meaning not in known:
-            planned[full_spec] = lr or tuned.get(canonical_spec(spec), first)
-        known.add(meaning)
+        default = METHODS[method].lr if method in METHODS else 1e-3
+        has_targets = own_targets or not targets or method in WITHOUT_ADAPTERS
+        given = head_lr or lr if method == "head" else lr
+        full_spec = spec if has_targets else f"{spec}@{','.join(targets)}"
+        planned[full_spec] = given or tuned.get(canonical_spec(spec), default)
     return planned
 
 
 def all_specs(main, base, targets):
-    """The main specs and every method's examples, as far as they fit the base; what is left out is said."""
+    """Return the main specs and every method's examples. Those that do not fit the base model are left out, with a
+    printed reason."""
     specs = list(main)
     for method, cls in METHODS.items():
         specs += (f"{method}:{example}".replace(":@", "@").rstrip(":") for example in cls.examples)
-    left = {}
+    found = {}
     for spec in specs:
         try:
-            left.setdefault(fitting(spec, base, targets), spec)
+            found.setdefault(check_spec(spec, base, targets), spec)
         except InputError as error:
-            print(f"left out: {spec}: {error}")
-    return list(left.values())
+            print(f"skipped: {spec}: {error}")
+    return list(found.values())
 
 
-def fitting(spec, base, targets):
-    """What a spec means on this base, equal for specs that mean the same. Raises InputError where it does not fit."""
+def check_spec(spec, base, targets):
+    """Return a value that is equal for specs with the same meaning on this base model. Raises InputError for a spec
+    that does not fit it."""
     method, options, own_targets = parse_spec(spec)
     if method == "head" and not base.also_train:
-        raise InputError("this model has no head of its own to train: leave out the spec head")
+        raise InputError("this model has no head that could be trained alone: leave out the method head")
     if method in WITHOUT_ADAPTERS:
         return canonical_spec(spec)
     targets = own_targets or targets or base.targets
@@ -67,46 +74,49 @@ def fitting(spec, base, targets):
 
 
 def describe_targets(base, targets):
-    """Which layers are adapted where a spec names none, in specs, and which nn.Linears are left as they are."""
-    found, tied = find_linears(base, targets or base.targets, base.also_train), tied_parameters(base)
-    left = {name.rsplit(".", 1)[-1] for name, part in base.named_modules() if isinstance(part, torch.nn.Linear)
-            and name not in found and not is_inside(name, base.also_train) and id(part.weight) not in tied}
-    return (f"adapted, where a spec names no targets: {', '.join(targets or base.targets)}, {len(found)} layers"
-            + (f"; left as they are: {', '.join(sorted(left))}" if left else ""))
+    """Return a sentence on which layers a spec without targets adapts, and which nn.Linear layers stay frozen."""
+    targets = targets or base.targets
+    found, tied = find_linears(base, targets, base.also_train), tied_parameters(base)
+    frozen = {name.rsplit(".", 1)[-1] for name, part in base.named_modules() if isinstance(part, torch.nn.Linear)
+              and name not in found and not is_inside(name, base.also_train) and id(part.weight) not in tied}
+    return (f"adapted layers: {', '.join(targets)} ({len(found)} in total), unless a method spec names its own targets"
+            + (f"; frozen: {', '.join(sorted(frozen))}" if frozen else ""))
 
+
+# ---- one run ----
 
 def run(spec, base, task, train_config, device_config, out, *, resume=False, save_every=0, eval_every=0, metadata=None,
         base_metadata=None):
-    """Adapt a copy of the base by a method spec, train, test, keep. Returns the row of results.json.
+    """Adapt a copy of the base model as a method spec says, train, test and save it. Returns its row of results.json.
 
-    The run's folder, out/runs/WORD-seedN, then holds metrics.jsonl, row.json, and adapter.pt, or model.pt for full
-    fine-tuning. With resume, a row that was finished under the same run_config is returned as it is. A loss that is
-    not finite makes a row without a metric. metadata: plain values that the adapter's file keeps, and model.pt besides
-    what base_metadata says of the base.
+    The run folder out/runs/SPEC-seedN then contains metrics.jsonl, row.json and adapter.pt (model.pt for full
+    fine-tuning). With resume, the row of a run that finished with the same run config is returned at once. A run that
+    diverges gives a row without a metric and is not kept. metadata: plain values for the adapter file. base_metadata:
+    of the base model, for model.pt.
     """
     method, options, targets = parse_spec(spec)
-    train_config = head_alone(method, train_config)
+    train_config = use_lr_for_head(method, train_config)
     run_config = run_config_of(base, task, train_config, device_config) | {
         "method": method, "options": options_of(method) | options, "targets": targets or base.targets}
-    folder = run_path(out, spec, train_config.seed)
-    this = RunFolder(folder, run_config, resume, save_every, eval_every)
-    kept = this.finished()
-    if kept is not None:
-        return kept
-    torch.manual_seed(train_config.seed)                              # LoRA's and DoRA's A are drawn by it
+    folder, result_file = run_path(out, spec, train_config.seed), "model.pt" if method == "full" else "adapter.pt"
+    run_folder = RunFolder(folder, run_config, resume, save_every, eval_every)
+    finished = run_folder.finished_row(result_file)
+    if finished is not None:
+        return finished
+    torch.manual_seed(train_config.seed)   # LoRA and DoRA draw A from torch's global stream
     model = adapt(copy.deepcopy(base), method, targets, **options)
-    row = empty_row(spec, task, train_config, count_trainable(model), base)
+    row = empty_row(spec, task, train_config.seed, train_config.lr, count_trainable(model), base)
     on_cuda = device_config.device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
-    began = time.perf_counter()
+    started = time.perf_counter()
     try:
-        row["ms_per_step"] = train(model, task, train_config, device_config, this, spec)
-        row["seconds"] = time.perf_counter() - began
+        row["ms_per_step"] = train(model, task, train_config, device_config, run_folder, spec)
+        row["seconds"] = time.perf_counter() - started
         row["metric"] = evaluate(model, task, "test", device_config)["metric"]
     except Diverged as error:
         return row | {"failed": str(error)}
-    path = folder / ("model.pt" if method == "full" else "adapter.pt")
+    path = folder / result_file
     if method == "full":
         save_model(path, model, derived_metadata(base_metadata or {}, metadata or {}))
     else:
@@ -114,101 +124,121 @@ def run(spec, base, task, train_config, device_config, out, *, resume=False, sav
     row["adapter_bytes"] = path.stat().st_size
     row["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20 if on_cuda else None
     row["sample"] = task.show(model)
-    this.finish(row)
+    run_folder.finish(row)
     return row
 
 
 def run_config_of(base, task, train_config, device_config):
-    """All that decides a result besides the method, as plain values."""
-    return task.data_config | asdict(train_config) | {"base": fingerprint(digests(base)), "model": asdict(base.config),
-                                            "dtype": str(device_config.dtype)}
+    """Return everything besides the method that determines a result, as plain values."""
+    return task.data_config | asdict(train_config) | {
+        "base": fingerprint(digests(base)), "model": asdict(base.config), "dtype": str(device_config.dtype)}
 
 
-def zero_shot_row(base, task, train_config, device_config):
-    """The base as it is on the new task, where it has no head to train: what the others are compared with."""
+def zero_shot_row(base, task, seed, device_config):
+    """Return the row of the base model itself on the new task, for models without a new head."""
     model = copy.deepcopy(base).to(device_config.device)
-    row = empty_row("zero-shot", task, train_config, {"adapter": 0, "head": 0}, base)
-    return row | {"lr": None, "metric": evaluate(model, task, "test", device_config)["metric"], "sample": task.show(model)}
+    row = empty_row("zero-shot", task, seed, None, {"adapter": 0, "head": 0}, base)
+    return row | {"metric": evaluate(model, task, "test", device_config)["metric"], "sample": task.show(model)}
 
 
-def empty_row(spec, task, train_config, counts, base):
-    """A row of results.json before anything was measured."""
+def empty_row(spec, task, seed, lr, counts, base):
+    """Return a row of results.json before anything is measured."""
     heads = sum(p.numel() for head in heads_of(base, base.also_train) for p in head.parameters())
     backbone = sum(p.numel() for p in base.parameters()) - heads
     return {"method": spec, "trainable_params": counts["adapter"], "head_params": counts["head"],
             "trainable_percent": 100 * counts["adapter"] / backbone, "metric": None, "metric_name": task.metric,
             "higher_is_better": task.higher_is_better, "gap_recovered": None, "seconds": 0.0, "ms_per_step": None,
-            "peak_mb": None, "adapter_bytes": 0, "seed": train_config.seed, "lr": train_config.lr, "sample": None}
+            "peak_mb": None, "adapter_bytes": 0, "seed": seed, "lr": lr, "sample": None}
 
 
 def fill_gap_recovered(rows):
-    """Fill in each row's gap recovered, (metric − start) / (full − start): what part of that which full
-    fine-tuning gains over the start a method gains too. The start is the row head (ViT) or start (GPT)."""
-    metric = {(row["method"], row["seed"]): row["metric"] for row in rows}
-    zero_shot = next((row["metric"] for row in rows if row["method"] == "zero-shot"), None)
+    """Fill in gap_recovered = (metric − start) / (full − start) of each row, with the rows of the same seed.
+
+    The start is the linear probe (row head) for a ViT, and the base model itself (row zero-shot) for a GPT.
+    """
     for row in rows:
-        start, full = metric.get(("head", row["seed"]), zero_shot), metric.get(("full", row["seed"]))
+        start, full = start_and_full(rows, row["seed"])
         if None not in (start, full, row["metric"]) and (full > start) == row["higher_is_better"] and full != start:
             row["gap_recovered"] = (row["metric"] - start) / (full - start)
 
 
-def lr_sweep(learning_rates, base, task, train_config, device_config, out, points, resume=False):
-    """Equally many learning learning_rates for every method: `points` of them, a factor 2 apart, around the one in `learning_rates`.
-
-    Scored on validation data alone, at the seed of train_config. Returns {spec: {"lr": [...], "val": [...], "best": lr}}
-    and keeps it in out/lr_sweep.json, where a resumed command finds it. best is None where every rate diverged.
-    """
-    path, found = Path(out) / "lr_sweep.json", {}
-    run_config = after_json(run_config_of(base, task, train_config, device_config))
-    if not resume:
-        path.unlink(missing_ok=True)   # a later --resume must not meet it
-    elif path.is_file():
-        content = read_json(path, "run_config", "found")
-        different = differences(content["run_config"], run_config)
-        if different:
-            raise InputError(f"{path} was made with another run config: {'; '.join(different)}: give another --out")
-        found = content["found"]
-    jobs = [(spec, lr * 2.0 ** (i - (points - 1) // 2)) for spec, lr in learning_rates.items() for i in range(points)]
-    for spec, lr in tqdm(jobs, "lr sweep", leave=False, disable=None):
-        scores = found.setdefault(spec, {"lr": [], "val": [], "best": None})
-        if lr in scores["lr"]:
-            continue
-        scores["lr"].append(lr)
-        scores["val"].append(validation_score(spec, lr, base, task, train_config, device_config))
-        sign = 1 if task.higher_is_better else -1
-        sound = [(sign * v, -r, r) for v, r in zip(scores["val"], scores["lr"]) if v is not None]   # ties: the smaller
-        scores["best"] = max(sound)[-1] if sound else None
-        files.write_text(path, json.dumps({"run_config": run_config, "found": found}, indent=1))
-    return found
+def check_not_all_diverged(rows):
+    """Raise Diverged if no method has a metric."""
+    if all(row["metric"] is None for row in rows if row["method"] != "zero-shot"):
+        raise Diverged("every run diverged: try a lower --lr")
 
 
-def validation_score(spec, lr, base, task, train_config, device_config):
-    """The metric on validation data after a training that keeps nothing; None where it diverged."""
-    method, options, targets = parse_spec(spec)
-    train_config = head_alone(method, replace(train_config, lr=lr))
-    torch.manual_seed(train_config.seed)
-    model = adapt(copy.deepcopy(base), method, targets, **options)
-    this = RunFolder()
-    try:
-        train(model, task, train_config, device_config, this, f"{spec} lr {lr:.2g}")
-    except Diverged:
-        return None
-    return this.log[-1]["metric"]
-
-
-def head_alone(method, train_config):
-    """A head alone has one learning rate, and it is the head's."""
+def use_lr_for_head(method, train_config):
+    """A linear probe trains only the head, so its learning rate is the head's."""
     return replace(train_config, head_lr=train_config.lr) if method == "head" else train_config
 
 
 def run_path(out, spec, seed):
-    """The folder of a run, its method spec made a name that every system takes."""
-    name = re.sub(r"[^\w=.,+-]", "_", spec)
-    return Path(out) / "runs" / f"{name}-seed{seed}"
+    """Return the folder of a run."""
+    return Path(out) / "runs" / f"{file_name(spec)}-seed{seed}"
 
 
 def delete_runs(specs, seeds, out):
-    """Delete what earlier runs of these specs and seeds left: a later --resume must not meet it."""
-    for spec in specs:
-        for seed in seeds:
-            delete_run(run_path(out, spec, seed))
+    """Delete what earlier runs of these specs and seeds left, so that a later --resume does not find it."""
+    names = {file_name(spec) for spec in specs}
+    for folder in Path(out).glob("runs/*-seed*"):
+        name, _, seed = folder.name.rpartition("-seed")
+        if name in names and seed.isdigit() and int(seed) in seeds:
+            delete_run(folder)
+
+
+# ---- learning-rate sweep ----
+
+def lr_sweep(learning_rates, base, task, train_kwargs, device_config, out, n, resume=False):
+    """Try n learning rates per method, a factor 2 apart, around the given one; all methods get equal effort.
+
+    train_kwargs: arguments of TrainConfig without lr. The score is the metric on validation data. Returns
+    {spec: {"lr": [...], "val": [...], "best": lr}}; best is None if all n diverged. out/lr_sweep.json contains the same
+    and every score so far, from which a resumed command continues, also with another n.
+    """
+    path, scores = Path(out) / "lr_sweep.json", {}
+    run_config = run_config_of(base, task, TrainConfig(lr=0.0, **train_kwargs), device_config)
+    run_config = {key: value for key, value in after_json(run_config).items() if key != "lr"}
+    if not resume:
+        path.unlink(missing_ok=True)   # a later --resume must not find it
+    elif path.is_file():
+        content = read_json(path, "run_config", "scores")
+        different = differences(content["run_config"], run_config)
+        if different:
+            raise InputError(f"{path} was made with another run config: {'; '.join(different)}. Give the same flags, "
+                             "or choose another --out")
+        scores = content["scores"]
+    grids = {spec: [lr * 2.0 ** (i - (n - 1) // 2) for i in range(n)] for spec, lr in learning_rates.items()}
+    found = {}
+    for spec, lr in tqdm([(s, lr) for s, grid in grids.items() for lr in grid], "lr sweep", leave=False, disable=None):
+        tried = scores.setdefault(spec, {})
+        if repr(lr) not in tried:
+            config = TrainConfig(lr=lr, **train_kwargs)
+            tried[repr(lr)] = validation_score(spec, base, task, config, device_config)
+        found = {s: choose(grid, scores[s], task.higher_is_better) for s, grid in grids.items()
+                 if all(repr(lr) in scores.get(s, {}) for lr in grid)}
+        files.write_text(path, json.dumps({"run_config": run_config, "learning_rates": n, "found": found,
+                                           "scores": scores}, indent=1))
+    return found
+
+
+def choose(grid, scores, higher_is_better):
+    """Return {"lr", "val", "best"} of a grid of learning rates; of two equal scores, the smaller learning rate wins."""
+    val = [scores[repr(lr)] for lr in grid]
+    sign = 1 if higher_is_better else -1
+    ranked = sorted((-sign * score, lr) for score, lr in zip(val, grid) if score is not None)
+    return {"lr": grid, "val": val, "best": ranked[0][1] if ranked else None}
+
+
+def validation_score(spec, base, task, train_config, device_config):
+    """Return the metric on validation data after a training run that keeps nothing, or None if it diverged."""
+    method, options, targets = parse_spec(spec)
+    train_config = use_lr_for_head(method, train_config)
+    torch.manual_seed(train_config.seed)
+    model = adapt(copy.deepcopy(base), method, targets, **options)
+    run_folder = RunFolder()
+    try:
+        train(model, task, train_config, device_config, run_folder, f"{spec} lr {train_config.lr:.2g}")
+    except Diverged:
+        return None
+    return run_folder.log[-1]["metric"]

@@ -1,16 +1,19 @@
-"""Where the work runs, and in which precision."""
+"""The device, the precision and the number of CPU threads of a run."""
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..errors import InputError
 
+SMALL_MODEL = 2_000_000   # parameters
+
 
 @dataclass(frozen=True)
 class DeviceConfig:
-    """device: where the work runs.  dtype: of autocast, float32 for none.  reason: why, in a line for the reader.
-    compile: whether training steps go through torch.compile."""
+    """device: where a model runs. dtype: precision of autocast (float32: no autocast). reason: one line for the reader,
+    with the reason for the choice. compile: whether training steps use torch.compile."""
     device: torch.device
     dtype: torch.dtype
     reason: str
@@ -21,17 +24,33 @@ class DeviceConfig:
 
 
 def resolve_device(device="auto", dtype="auto", compile=False):
-    """Resolve --device, --dtype and --compile to a DeviceConfig. Raises InputError for a device that is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(d for d, ok in there.items() if ok) if device == "auto" else device
-    if not there.get(name):
-        raise InputError(f"device {name!r} is not there: use auto or {' or '.join(d for d, ok in there.items() if ok)}")
-    # emulated bf16 is slower than float32: only cards of compute capability 8 on do it themselves
+    """Turn --device, --dtype and --compile into a DeviceConfig. Raises InputError if the device is not available."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(d for d, ok in available.items() if ok) if device == "auto" else device
+    if not available.get(name):
+        raise InputError(f"device {name!r} is not available: use auto or "
+                         f"{' or '.join(d for d, ok in available.items() if ok)}")
+    # compute capability 8 and higher has bf16 in hardware; emulated bf16 is slower than float32
     native = name == "cuda" and torch.cuda.get_device_capability()[0] >= 8
     if dtype == "auto":
         dtype = "float32" if name != "cuda" else "bfloat16" if native else "float16"
-    why = "asked for" if device != "auto" else "the first of cuda, mps, cpu that is there"
-    what = torch.cuda.get_device_name() if name == "cuda" else f"{torch.get_num_threads()} threads"
-    reason = f"device {name} ({what}; {why}), {dtype}" + (" autocast" if dtype != "float32" else "")
+    n = torch.get_num_threads()
+    details = torch.cuda.get_device_name() if name == "cuda" else f"{n} thread{'s' if n > 1 else ''}"
+    reason = f"{name} ({details}, {'auto-selected' if device == 'auto' else 'set by --device'}), {dtype}"
+    reason += " autocast" if dtype != "float32" else ""
     reason += ", compiled" if compile else ""
     return DeviceConfig(torch.device(name), getattr(torch, dtype), reason, compile)
+
+
+def limit_threads(device_config, model):
+    """Use a single CPU thread if the model is small; returns the DeviceConfig with that reason.
+
+    The matrix products of a small model are so short that threads mostly wait for one another: a second thread gains
+    little on an idle machine, and next to a busy process it doubles the time. OMP_NUM_THREADS takes precedence.
+    """
+    threads, size = torch.get_num_threads(), sum(p.numel() for p in model.parameters())
+    if device_config.device.type != "cpu" or threads == 1 or size >= SMALL_MODEL or "OMP_NUM_THREADS" in os.environ:
+        return device_config
+    torch.set_num_threads(1)
+    return replace(device_config, reason=device_config.reason.replace(
+        f"{threads} threads", f"1 thread of {threads} because the model is small"))

@@ -197,11 +197,11 @@ def test_what_check_refuses_is_refused_by_adapt_which_names_the_layer():
 
 
 WRONG = {   # options that are ours to refuse, and a spec of the reason
-    "svfit": [("rank=0", "rank"), ("rank=17", "16"), ("rank=2.0", "whole"), ("rank=True", "rank"),
+    "svfit": [("rank=0", "rank"), ("rank=17", "16"), ("rank=2.0", "integer"), ("rank=True", "rank"),
               ("energy=0", "energy"), ("energy=1.1", "energy"), ("energy=x", "energy"), ("rank=2,energy=0.5", "both")],
     "svft": [("pattern=dense", "pattern"), ("off_diagonals=16", "15"), ("off_diagonals=-1", "off_diagonals"),
              ("rank=17", "16"), ("rank=4,off_diagonals=4", "3"), ("basis=fourier", "basis"), ("seed=-1", "seed"),
-             ("off_diagonals=1.5", "whole"), ("pattern=plain,off_diagonals=-1", "off_diagonals")],
+             ("off_diagonals=1.5", "integer"), ("pattern=plain,off_diagonals=-1", "off_diagonals")],
     "lora": [("rank=0", "rank"), ("rank=17", "16"), ("alpha=0", "alpha"), ("alpha=x", "alpha"), ("init=svd", "init"),
              ("rank=4,alpha=8,init=pissa", "alpha")],
     "dora": [("rank=0", "rank"), ("rank=17", "16"), ("alpha=-1", "alpha"), ("detach_norm=1", "detach_norm")],
@@ -228,7 +228,8 @@ def test_ours_store_positions_and_nothing_that_can_be_made_again():
         if parse_spec(spec)[0] in WRONG:
             layer = layer_of(spec, shapes_of(spec)[0])
             drawn = "pattern=random" in spec or "topk" in spec or spec.startswith("random_mask")
-            assert set(layer.state_dict()) - dict(layer.named_parameters()).keys() == ({"indices"} if drawn else set())
+            stored = set(layer.state_dict()) - layer.frozen - dict(layer.named_parameters()).keys()
+            assert stored == ({"indices"} if drawn else set())
 
 
 def test_a_weight_that_lacks_something_names_it():
@@ -257,7 +258,7 @@ def test_trained_numbers_are_not_rounded():
         layer.float()
     finally:
         torch.set_default_dtype(torch.float32)
-    assert layer.A.dtype == layer.W.dtype == layer.bias.dtype == torch.float32
+    assert layer.A.dtype == layer.W0.dtype == layer.bias.dtype == torch.float32
 
 
 def test_full_trains_everything_and_head_the_head_alone(tmp_path):

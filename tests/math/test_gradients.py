@@ -245,7 +245,7 @@ def test_the_check_sees_one_wrong_input_among_many():
     inputs, along = [x, layer.A, layer.B], [tokens(5, 16, seed=6), *noise(layer, seed=5)]
 
     def forward(wrong_A=1.0, wrong_B=1.0):
-        return F.linear(x, layer.W + 7 / 3 * Times.apply(layer.B, wrong_B) @ Times.apply(layer.A, wrong_A), layer.bias)
+        return F.linear(x, layer.W0 + 7 / 3 * Times.apply(layer.B, wrong_B) @ Times.apply(layer.A, wrong_A), layer.bias)
 
     assert_close(forward(), layer(x))
     check_gradient(forward, inputs, along)

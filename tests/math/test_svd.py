@@ -1,5 +1,7 @@
 """The thin SVD that methods share; which order of products is taken; and that both ignore the mode they run in."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 import torch.nn as nn
@@ -10,7 +12,7 @@ import svmini.methods.svd
 from layers import SHAPES, TOKENS, assert_close, layer_of, linear, shapes_of, tokens, specs
 from svmini import METHODS, adapt
 from svmini.methods import parse_spec
-from svmini.methods.svd import apply_beside, apply_factors, clear_svd_cache, thin_svd
+from svmini.methods.svd import apply_with_residual, apply_factors, clear_svd_cache, thin_svd
 
 
 @pytest.mark.parametrize("dtype, eps", [(torch.float32, 3e-6), (torch.float64, 3e-13)], ids=str)
@@ -39,13 +41,13 @@ def test_signs_do_not_depend_on_what_lapack_returns(flip, monkeypatch):
         return U * sign, S, sign[:, None] * Vt
 
     monkeypatch.setattr(torch.linalg, "svd", other)
-    monkeypatch.setattr(svmini.methods.svd, "_known", {})
+    monkeypatch.setattr(svmini.methods.svd, "_cache", OrderedDict())
     assert all(torch.equal(a, b) for a, b in zip(thin_svd(W), expected))
 
 
 def test_a_weight_is_decomposed_once_and_after_that_not_again(monkeypatch):
     calls, svd = [], torch.linalg.svd
-    monkeypatch.setattr(svmini.methods.svd, "_known", {})
+    monkeypatch.setattr(svmini.methods.svd, "_cache", OrderedDict())
     monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: calls.append(1) or svd(*a, **k))
     base = linear("wide")
     first = thin_svd(base.weight)
@@ -62,6 +64,29 @@ def test_a_weight_is_decomposed_once_and_after_that_not_again(monkeypatch):
         base.weight[3, 5] += 1e-9                           # and another matrix
     thin_svd(base.weight)
     assert len(calls) == 5
+
+
+def test_the_cache_is_bounded_and_keeps_what_was_used_last(monkeypatch):
+    monkeypatch.setattr(svmini.methods.svd, "_cache", OrderedDict())
+    weights = [linear(seed=seed).weight for seed in range(3)]
+    thin_svd(weights[0])
+    one = sum(t.nbytes for t in next(iter(svmini.methods.svd._cache.values())))
+    monkeypatch.setattr(svmini.methods.svd, "CACHE_BYTES", 2 * one)
+    for i in (1, 0, 2):                                     # 0 was used after 1, so 1 is dropped
+        thin_svd(weights[i])
+    monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: pytest.fail("computed again"))
+    thin_svd(weights[0]), thin_svd(weights[2])
+    assert len(svmini.methods.svd._cache) == 2
+
+
+def test_writing_into_a_factor_changes_no_other_layer():
+    for spec in ("svfit:", "svft:", "svft:basis=random", "vera:rank=16"):
+        first, second = layer_of(spec, moved=False), layer_of(spec, moved=False)
+        expected = second.weight.clone()
+        for name, tensor in first.named_buffers():
+            if tensor.is_floating_point():
+                tensor.fill_(7)
+        assert torch.equal(second.weight, expected) and torch.equal(layer_of(spec, moved=False).weight, expected)
 
 
 def test_what_is_trained_does_not_leak_into_the_cache():
@@ -127,7 +152,7 @@ def test_no_exact_order_is_cheaper_than_apply_factors(kind, shape):
 @pytest.mark.parametrize("shape", [(16, 16), (16, 64), (64, 16), (20, 16)], ids=str)
 @pytest.mark.parametrize("kind", ("diagonal", "any"))
 @pytest.mark.parametrize("rank", (2, 5, 8, 12, 15, 16))
-def test_neither_order_is_cheaper_than_apply_beside(rank, kind, shape):
+def test_neither_order_is_cheaper_than_apply_with_residual(rank, kind, shape):
     W0 = linear(shape).weight.detach()
     U, S, Vt = thin_svd(W0)
     U, Vt = U[:, :rank], Vt[:rank]
@@ -139,7 +164,7 @@ def test_neither_order_is_cheaper_than_apply_beside(rank, kind, shape):
     for T in MANY:
         built, thin = (flops(order, T, shape[1], core) for order in orders)
         thin += flops(lambda x: F.linear(x, W0), T, shape[1])
-        assert flops(lambda x, c: apply_beside(x, W0, U, c, Vt, None), T, shape[1], core) == min(built, thin)
+        assert flops(lambda x, c: apply_with_residual(x, W0, U, c, Vt, None), T, shape[1], core) == min(built, thin)
 
 
 # ---- modes ----

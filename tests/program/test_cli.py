@@ -1,6 +1,9 @@
-"""Bad input: one line that says what would be right, exit code 2, nothing written. Mistakes of ours: a traceback."""
+"""Bad input gives one line with what is wrong and what to do, exit code 2, and writes nothing. Bugs keep a traceback."""
 
 import argparse
+import functools
+import io
+import sys
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from svmini.model_file import save_model
 from svmini.training import compare, pretrain
 from svmini.training.loop import Diverged, Stopped
 
+TRAIN_BPE = functools.cache(train_gpt.train_bpe)
 SIZES = {"n_layer": 1, "n_head": 2, "d_model": 16}
 MAINS = {"gpt": train_gpt.main, "vit": train_vit.main} | {
     name: (lambda argv, tool=tool: cli.run_command(tool.command, argv))
@@ -26,7 +30,7 @@ MAINS = {"gpt": train_gpt.main, "vit": train_vit.main} | {
 
 @pytest.fixture(scope="module")
 def things(tmp_path_factory):
-    """Files of every kind that can be handed in by mistake; their folder is FILES in the tables below."""
+    """A folder with files of every kind that a user can give by mistake; FILES in the tables below."""
     folder = tmp_path_factory.mktemp("files of all kinds ü")
     torch.manual_seed(0)
     vit, gpt = ViT(ViTConfig(24, 6, 1, 34, **SIZES)), GPT(GPTConfig(Arithmetic.vocab_size, Arithmetic.length, **SIZES))
@@ -55,17 +59,18 @@ def things(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Small pictures and a short library: these tests are about specs. No training must start in them."""
+    """Use few images and a short library, and fail if training starts."""
     for which in "AB":
         monkeypatch.setitem(glyphs.GLYPHS[which], "sizes", {"train": 2, "val": 1, "test": 1})
     library = text.stdlib_source()[:30_000]
     monkeypatch.setattr(text, "stdlib_source", lambda: library)
+    monkeypatch.setattr(train_gpt, "train_bpe", TRAIN_BPE)
     for module in (compare, pretrain):
         monkeypatch.setattr(module, "train", lambda *a, **k: pytest.fail("training started"))
 
 
-def refused(main, argv, specs, folder, capsys):
-    """main(argv) says one line that has all specs, returns 2 and leaves every file in the folder as it was."""
+def refused(main, argv, parts, folder, capsys):
+    """Assert that main(argv) prints one line with all parts, returns 2 and leaves every file of the folder as it was."""
     def listing():
         return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -74,16 +79,16 @@ def refused(main, argv, specs, folder, capsys):
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and captured.err.endswith("\n"), captured.err
-    for spec in specs:
-        assert spec in lines[0], f"{spec!r} is not in {lines[0]!r}"
+    for part in parts:
+        assert part in lines[0], f"{part!r} is not in {lines[0]!r}"
     assert listing() == before
 
 
-# What both scripts see before they make a folder: the command line, and specs that the message must have.
+# What both scripts refuse before they make a folder: the command line, and parts of the message.
 FLAGS = [
     ("finetune --methods svft", "finetune", "--help"), ("--no-such-flag 3", "--no-such-flag"),
     ("--method svft", "--method"),
-    ("--quick --methods svft", "--methods", "not allowed with", "--quick"),
+    
     ("--lr-sweep 3 --lr 0.1", "--lr", "not allowed with", "--lr-sweep"),
     ("--init x.pt --base-data glyphs", "--base-data", "not allowed with", "--init"),
     ("--n-layer 2", "--n-layer"), ("--format gpt2", "--format"), ("--n-head 2", "--n-head", "--init"),
@@ -93,7 +98,8 @@ FLAGS = [
     ("--steps 0", "--steps", "a whole number of at least 1"), ("--steps -3", "of at least 1", "'-3'"),
     ("--steps 2.5", "a whole number", "'2.5'"), (f"--steps {2**63}", "a whole number"),
     ("--batch-size 0", "--batch-size"),
-    ("--seed -1", "--seed", "of at least 0"), ("--seeds 0", "--seeds", "of at least 1"), ("--lr-sweep 0", "--lr-sweep"),
+    ("--seed -1", "--seed", "of at least 0"), ("--seeds 0", "--seeds", "from 1 to 1000"), ("--lr-sweep 0", "--lr-sweep"),
+    ("--seeds 1000000000", "--seeds", "from 1 to 1000"), ("--lr-sweep 1000000000", "--lr-sweep", "from 1 to 100"),
     ("--save-every -1", "--save-every", "of at least 0"), ("--eval-every 1.5", "--eval-every"),
     ("--grad-accum-steps 0", "--grad-accum-steps", "of at least 1"), ("pretrain --n-layer 0", "--n-layer", "of at least 1"),
     ("pretrain --d-model x", "--d-model", "a whole number"), ("--data xyz", "no 'xyz'", "choose from"),
@@ -111,14 +117,14 @@ FLAGS = [
 
 
 @pytest.mark.parametrize("script", ["gpt", "vit"])
-@pytest.mark.parametrize("argv, specs", [(argv, specs) for argv, *specs in FLAGS], ids=[row[0] for row in FLAGS])
-def test_flags(script, argv, specs, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("argv, parts", [(argv, parts) for argv, *parts in FLAGS], ids=[row[0] for row in FLAGS])
+def test_a_bad_flag_is_refused_before_a_folder_is_made(script, argv, parts, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refused(MAINS[script], argv.split(), specs, tmp_path, capsys)
-    assert not list(tmp_path.iterdir()), "no folder is made for a command that cannot work"
+    refused(MAINS[script], argv.split(), parts, tmp_path, capsys)
+    assert not list(tmp_path.iterdir())
 
 
-# What is seen with the base's sizes, a file or the data at hand, yet before pretraining. FILES: the folder of `things`.
+# What is refused once the sizes of the model, a file or the data are known, but before pretraining. FILES: see `things`.
 BOTH = [
     ("--methods lora:rank=x", "rank must be a whole number", "'x'"), ("--methods lora:rank=2.5", "2.5"),
     ("--methods lora:rank=999", "lora does not fit blocks.0.attention.query (128x128)", "128"),
@@ -132,14 +138,14 @@ BOTH = [
     ("--methods svft --targets norm1", "LayerNorm"), ("--methods svft --targets head", "head"),
     ("--methods all svft", "no method 'all'"), ("--base-data xyz", "xyz"),
     ("--init FILES/none.pt", "none.pt' is neither a file nor one of"), ("--init FILES", "is neither a file nor one of"),
-    ("--init FILES/notes.pt", "notes.pt is no file of weights that torch can read"),
-    ("--init FILES/cut.pt", "cut.pt is no file of weights"), ("--init FILES/other.pt", "no state dict of a ViT"),
+    ("--init FILES/notes.pt", "notes.pt is not a file of weights that torch can read"),
+    ("--init FILES/cut.pt", "cut.pt is not a file of weights"), ("--init FILES/other.pt", "not a state dict of"),
     ("--init FILES/gpt-adapter.pt", "svmini adapter, not an svmini model"), ("--init FILES/odd.pt", "odd.pt"),
     ("--init FILES/run.pt", "svmini run, not an svmini model"),
 ]
 TABLES = {
     "gpt": BOTH + [
-        ("--data topic", "no 'topic'", "did you mean 'topics'?"), ("--methods head", "no head of its own"),
+        ("--data topic", "no 'topic'", "did you mean 'topics'?"), ("--methods head", "no head that could be trained alone"),
         ("--data file:", "no 'file:'"), ("--data file:FILES/none.txt", "there is no file", "none.txt"),
         ("--data file:FILES", "there is no file"), ("--data file:FILES/tiny.txt", "too short to train on"),
         ("--data file:FILES/one.txt", "paragraphs", "at least 10"), ("--data file:FILES/latin.txt", "not UTF-8 text"),
@@ -147,33 +153,34 @@ TABLES = {
         ("--data qa:FILES/half.jsonl", "half.jsonl, line 2", 'no "answer"'),
         ("--data qa:FILES/few.jsonl", "9 different questions: at least 10"),
         ("--init FILES/vit.pt", "holds a ViT, not a GPT"),
-        ("--init FILES/raw-vit.pt", "weights of a ViT, not of a GPT-2"),
+        ("--init FILES/raw-vit.pt", "weights of a ViT in torchvision's format, not of a GPT"),
         ("--init vit_b_16", "'vit_b_16' is neither a file nor one of gpt2"), ("--init FILES/raw-gpt.pt", "give n_head"),
-        ("--init FILES/raw-gpt.pt --n-head 2", "knows 13 tokens, and GPT-2's tokenizer 50,257"),
-        ("--init FILES/text.pt --n-head 2", "says itself how many heads"),
-        ("--init FILES/nameless.pt", "which tokenizer"),
+        ("--init FILES/raw-gpt.pt --n-head 2", "has 13 tokens and GPT-2's tokenizer 50,257"),
+        ("--init FILES/text.pt --n-head 2", "contains its number of heads"),
+        ("--init FILES/nameless.pt", "does not name its tokenizer"),
         ("--data arithmetic --init FILES/text.pt", "text.pt", "does not go with --data arithmetic"),
-        ("--data topics --init FILES/arithmetic.pt", "speaks arithmetic", "does not go with --data topics"),
-        ("--data topics --base-data arithmetic", "arithmetic speaks arithmetic", "does not go with --data topics"),
-        ("--block-size 129 --init FILES/text.pt", "longer than the model's, 128"),
+        ("--data topics --init FILES/arithmetic.pt", "was trained on arithmetic", "does not go with --data topics"),
+        ("--data topics --base-data arithmetic", "arithmetic was trained on arithmetic", "does not go with --data topics"),
+        ("--block-size 129 --init FILES/text.pt", "--block-size 129 exceeds the 128 tokens"),
         ("--data arithmetic --block-size 64", "text"),
-        ("pretrain --data arithmetic --block-size 64", "--block-size belongs to text"), ("pretrain --n-head 3", "divisible"),
+        ("pretrain --data arithmetic --block-size 64", "--block-size belongs to text"),
+        ("pretrain --n-head 3", "divisible"),
         ("pretrain --data gsm8k", "no 'gsm8k'", "stdlib")],
     "vit": BOTH + [
         ("--data glyps", "no 'glyps'", "did you mean 'glyphs'?"), ("--head-lr 0", "--head-lr", "above 0"),
         ("--per-class 1", "--per-class", "of at least 2", "'1'"), ("--per-class 10", "--per-class", "real data"),
-        ("pretrain --per-class 10", "--per-class"), ("--image-size 224", "the model that --init brings"),
+        ("pretrain --per-class 10", "--per-class"), ("--image-size 224", "--image-size", "add --init"),
         ("--image-size 0 --init FILES/vit.pt", "--image-size", "of at least 1"),
         ("--image-size 25 --init FILES/vit.pt", "image_size=25 is not divisible by patch_size=6"),
         ("pretrain --image-size 25", "image_size=25 is not divisible"), ("pretrain --n-head 3", "divisible"),
-        ("--data food101", "for --data food101 no base is pretrained", "--init vit_b_16", "--base-data"),
-        ("--data folder:FILES", "no base is pretrained"), ("--data folder", "no 'folder'", "folder:PATH"),
+        ("--data food101", "base model for --data food101", "--init vit_b_16", "--base-data"),
+        ("--data folder:FILES", "there is no dataset for pretraining"), ("--data folder", "no 'folder'", "folder:PATH"),
         ("--data folder: --init FILES/vit.pt", "no 'folder:'"), ("--data mnist", "--data-dir"),
         ("--data folder:FILES/none --init FILES/vit.pt", "there is no folder", "none"),
         ("--data folder:FILES --init FILES/vit.pt", "no folder of class folders"),
         ("pretrain --data eurosat", "--data-dir"),
         ("--init FILES/arithmetic.pt", "holds a GPT, not a ViT"),
-        ("--init FILES/raw-gpt.pt", "of a GPT-2, not of a ViT"),
+        ("--init FILES/raw-gpt.pt", "weights of a GPT in GPT-2's format, not of a ViT"),
         ("--init vit_b_17", "'vit_b_17' is neither a file nor one of vit_b_16, vit_b_32"),
         ("--init FILES/raw-vit.pt", "give n_head"), ("--init FILES/raw-vit.pt --n-head 3", "divisible")],
     "generate": [
@@ -183,7 +190,7 @@ TABLES = {
             "--temperature -1", "--temperature nan", "--max-new-tokens 0", "--top-k 0")),
         ("--init FILES/arithmetic.pt --prompt 12x4=é", "0123456789+-=", "'x'", "'é'"),
         ("--init FILES/vit.pt --prompt 1", "holds a ViT, not a GPT"),
-        ("--init FILES/nameless.pt --prompt 1", "which tokenizer"),
+        ("--init FILES/nameless.pt --prompt 1", "does not name its tokenizer"),
         ("--init FILES/raw-gpt.pt --n-head 2 --prompt 1", "50,257"),
         *((f"--init FILES/arithmetic.pt --prompt 1 --adapter FILES/{name}", said) for name, said in (
             ("arithmetic.pt", "svmini model, not an svmini adapter"), ("none.pt", "there is no adapter at"),
@@ -193,42 +200,44 @@ TABLES = {
         ("--init FILES/arithmetic.pt", "holds a GPT, not a ViT"), ("--init FILES/nameless-vit.pt", "give --data"),
         ("--init FILES/vit.pt --data glyphs", "glyphs B has 26 classes, and the model knows 34"),
         ("--init FILES/vit.pt --data xyz", "no picture set 'xyz'"),
-        ("--init FILES/cut.pt", "cut.pt is no file of weights"),
+        ("--init FILES/cut.pt", "cut.pt is not a file of weights"),
         ("--init FILES/vit.pt --adapter FILES/gpt-adapter.pt", "gpt-adapter.pt"),
         ("--init FILES/vit.pt --out FILES/notes.pt", "notes.pt"),
         ("--init vit_b_17", "neither a file nor one of vit_b_16")],
     "export": [
         ("--init FILES/vit.pt", "--adapter"), ("--adapter FILES/vit-adapter.pt", "--init"),
-        ("--init FILES/vit.pt --adapter FILES/vit-adapter.pt --format gpt2", "does not go with a ViT", "torchvision"),
-        ("--init FILES/arithmetic.pt --adapter FILES/gpt-adapter.pt --format torchvision", "it is svmini or gpt2"),
+        ("--init FILES/vit.pt --adapter FILES/vit-adapter.pt --format gpt2", "does not fit a ViT", "torchvision"),
+        ("--init FILES/arithmetic.pt --adapter FILES/gpt-adapter.pt --format torchvision", "choose svmini or gpt2"),
         ("--init FILES/vit-adapter.pt --adapter FILES/vit-adapter.pt", "svmini adapter, not an svmini model"),
         ("--init FILES/odd.pt --adapter FILES/vit-adapter.pt", "odd.pt"),
         ("--init x --adapter y", "'x' is neither a file"),
-        ("--init FILES/other.pt --adapter FILES/vit-adapter.pt", "no state dict of a ViT"),
+        ("--init FILES/other.pt --adapter FILES/vit-adapter.pt", "not a state dict of"),
         ("--init FILES/vit.pt --adapter FILES/vit-adapter.pt --out FILES", "directory")]}
 
 
-@pytest.mark.parametrize("name, argv, specs", [
-    pytest.param(name, argv, specs, id=f"{name} {argv}") for name, table in TABLES.items() for argv, *specs in table])
-def test_input(name, argv, specs, things, tmp_path, capsys):
+@pytest.mark.parametrize("name, argv, parts", [
+    pytest.param(name, argv, parts, id=f"{name} {argv}") for name, table in TABLES.items() for argv, *parts in table])
+def test_bad_input_is_refused_before_training(name, argv, parts, things, tmp_path, capsys):
     argv = [part.replace("FILES", str(things)) for part in argv.split()]
     argv += ["--device", "cpu"] if name != "export" else []
     if "--out" not in argv and name != "generate":
         argv += ["--out", str(tmp_path / "out")]
     before = {p: p.read_bytes() for p in things.iterdir()}
-    refused(MAINS[name], argv, specs, tmp_path, capsys)
+    refused(MAINS[name], argv, parts, tmp_path, capsys)
     assert {p: p.read_bytes() for p in things.iterdir()} == before
 
 
 @pytest.mark.parametrize("script", ["gpt", "vit"])
-def test_out_that_is_a_file_and_a_device_that_is_not_there(script, tmp_path, capsys):
+def test_an_unusable_out_or_device_is_refused_at_the_start(script, tmp_path, capsys, monkeypatch):
     (tmp_path / "out").write_text("precious")
     refused(MAINS[script], ["--quick", "--out", str(tmp_path / "out")], ["out is a file", "folder"], tmp_path, capsys)
     refused(MAINS[script], ["--quick", "--out", str(tmp_path / "out" / "in")], ["out"], tmp_path, capsys)
     for device, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
         if not there:
             argv = ["--device", device, "--out", str(tmp_path / "new")]
-            refused(MAINS[script], argv, [f"'{device}' is not there", "cpu"], tmp_path, capsys)
+            refused(MAINS[script], argv, [f"'{device}' is not available", "cpu"], tmp_path, capsys)
+    monkeypatch.setattr(cli.tempfile, "TemporaryFile", lambda dir: (_ for _ in ()).throw(OSError(30, f"read-only: {dir}")))
+    refused(MAINS[script], ["--out", str(tmp_path / "r")], [f"read-only: {tmp_path / 'r'}"], tmp_path, capsys)
 
 
 @pytest.mark.parametrize("error, code", [
@@ -236,7 +245,7 @@ def test_out_that_is_a_file_and_a_device_that_is_not_there(script, tmp_path, cap
     (OSError(28, "disk full"), 2), (InputError("two\nlines"), 2), (MissingFile("gone"), 2), (MemoryError(), 2),
     (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 2),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), 2)])
-def test_every_end_that_is_the_users_is_one_line_and_a_code(error, code, capsys):
+def test_an_error_that_the_user_can_correct_is_one_line_and_a_code(error, code, capsys):
     def main(argv):
         raise error
 
@@ -244,9 +253,24 @@ def test_every_end_that_is_the_users_is_one_line_and_a_code(error, code, capsys)
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_an_argument_that_is_not_utf_8_is_refused(capsys):
+    assert cli.run_command(lambda argv: pytest.fail("it started"), ["--data", "file:\udcff.txt"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "'file:\\udcff.txt' is not valid UTF-8" in error
+
+
+@pytest.mark.parametrize("encoding, shown", [("ascii", "? 3 ?"), ("cp1252", "± 3 ?"), ("utf-8", "± 3 █")])
+def test_printing_replaces_what_the_terminal_cannot_show(encoding, shown, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert cli.run_command(lambda argv: print("± 3 █"), []) == 0
+    stream.flush()
+    assert stream.buffer.getvalue().decode(encoding).strip() == shown
+
+
 @pytest.mark.parametrize("error", [ValueError("ours"), TypeError("ours"), KeyError("ours"), AssertionError(),
                                    RuntimeError("a tensor whose data is not allocated yet")])
-def test_a_mistake_of_ours_keeps_its_traceback(error):
+def test_a_bug_keeps_its_traceback(error):
     def main(argv):
         raise error
 
@@ -255,35 +279,46 @@ def test_a_mistake_of_ours_keeps_its_traceback(error):
     assert cli.run_command(lambda argv: None, []) == 0 == cli.run_command(lambda argv: 0, [])
 
 
-def test_a_mistake_in_a_students_method_keeps_its_traceback(things, tmp_path, monkeypatch):
+def test_a_bug_in_a_new_method_keeps_its_traceback(things, tmp_path, monkeypatch):
     monkeypatch.undo()   # training may start
-    monkeypatch.setattr(LoRA, "forward", lambda self, x: (_ for _ in ()).throw(ValueError("a student's mistake")))
-    with pytest.raises(ValueError, match="a student's mistake"):
+    monkeypatch.setattr(LoRA, "forward", lambda self, x: (_ for _ in ()).throw(ValueError("a student's bug")))
+    with pytest.raises(ValueError, match="a student's bug"):
         train_gpt.main(["--data", "arithmetic", "--init", str(things / "arithmetic.pt"), "--methods", "lora:rank=2",
                         "--steps", "1", "--device", "cpu", "--out", str(tmp_path)])
 
 
-@pytest.mark.parametrize("name, specs", [("gpt", ["full, head", *METHODS, "--resume", "--lr-sweep", "--block-size", "topics"]),
-                                         ("vit", ["full, head", *METHODS, "--head-lr", "--image-size", "glyphs"]),
-                                         ("generate", ["--top-k"]), ("predict", ["--data-dir"]),
-                                         ("export", ["torchvision"])])
-def test_help_names_every_flag_on_one_line(name, specs, capsys):
+@pytest.mark.parametrize("name, parts", [
+    ("gpt", ["full, head", *METHODS, "--resume", "--lr-sweep", "--block-size", "topics"]),
+    ("vit", ["full, head", *METHODS, "--head-lr", "--image-size", "glyphs"]),
+    ("generate", ["--top-k"]), ("predict", ["--data-dir"]), ("export", ["torchvision"])])
+def test_help_has_a_text_for_every_flag(name, parts, capsys):
     with pytest.raises(SystemExit) as caught:
         MAINS[name](["--help"])
     out = capsys.readouterr().out
-    assert caught.value.code == 0 and all(spec in out for spec in specs)
+    assert caught.value.code == 0 and all(part in out for part in parts)
     flags = [line for line in out.splitlines() if line.startswith("  --")]
-    assert flags and all(len(line.split("  ")) > 2 for line in flags), "its help beside it"
+    assert flags and all(len(line.split("  ")) > 2 for line in flags), "beside it, on the same line"
+
+
+@pytest.mark.parametrize("name, argv", [("gpt", []), ("vit", []), ("gpt", ["pretrain"]), ("vit", ["pretrain"])])
+def test_every_help_text_of_the_scripts_ends_with_the_default(name, argv, capsys):
+    with pytest.raises(SystemExit):
+        MAINS[name]([*argv, "--help"])
+    options = capsys.readouterr().out.partition("options:")[2].partition("\n\n")[0]
+    for line in options.split("\n  -")[2:]:   # without -h
+        assert "(default: " in " ".join(line.split()) and line.rstrip().endswith(")"), line
 
 
 # ---- argparse types and method specs ----
 
-def test_types():
+def test_argparse_types_convert_and_refuse():
     number = cli.number
-    assert number(1)("3") == 3 and number(0, float)("0") == 0 and number(0, float, True)("1e-3") == 1e-3
+    assert number(1)("3") == number(1, high=3)("3") == 3 and number(0, float)("0") == 0
+    assert number(0, float, True)("1e-3") == 1e-3
     assert cli.names("query,,value") == ("query", "value")
     assert cli.one_of(["a", "file:PATH"])("file:x:y") == "file:x:y"
-    for convert, bad in ((number(0, float, True), "0"), (number(1), "1e3"), (cli.one_of(["a"]), "file:x")):
+    for convert, bad in ((number(0, float, True), "0"), (number(1), "1e3"), (number(1, high=3), "4"),
+                         (cli.one_of(["a"]), "file:x")):
         with pytest.raises(argparse.ArgumentTypeError):
             convert(bad)
 
@@ -296,16 +331,16 @@ def test_types():
      ("svft", {"pattern": "banded", "off_diagonals": 8}, ("query", "value"))),
     ("svfit:energy=0.9", ("svfit", {"energy": 0.9}, None)), ("svfit:rank=None", ("svfit", {"rank": None}, None)),
     ("dora:detach_norm=False", ("dora", {"detach_norm": False}, None))])
-def test_method_specs(spec, parsed):
+def test_a_method_spec_is_parsed(spec, parsed):
     assert parse_spec(spec) == parsed
 
 
-@pytest.mark.parametrize("spec, specs", [
+@pytest.mark.parametrize("spec, message", [
     ("", "there is no method ''"), ("lora rank=8", "no method"), ("LoRA", "no method 'LoRA'"),
     (":rank=8", "no method ''"),
     ("lora:rank=8@", "after @"), ("lora:=8", "has no option ''")])
-def test_method_words_that_are_none(spec, specs):
-    with pytest.raises(InputError, match=specs):
+def test_an_invalid_method_spec_is_refused(spec, message):
+    with pytest.raises(InputError, match=message):
         parse_spec(spec)
 
 
@@ -316,5 +351,5 @@ def test_method_words_that_are_none(spec, specs):
     ("vera:d_init=0.1", "vera", True),
     ("lora:rank=4", "lora:rank=8", False), ("svft@query", "svft", False), ("lora", "dora", False),
     ("svft:pattern=plain", "svfit", False), ("lora:alpha=8", "lora", False)])
-def test_same_spec(a, b, equal):
+def test_specs_with_the_same_meaning_are_equal(a, b, equal):
     assert (canonical_spec(a) == canonical_spec(b)) is equal

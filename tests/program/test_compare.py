@@ -1,4 +1,4 @@
-"""Methods compared at equal effort: which specs are run, at which learning_rates, tuned on what, kept and resumed how."""
+"""Methods compared at equal effort: which specs run, at which learning rates, and what is kept, resumed and refused."""
 
 import json
 import math
@@ -12,28 +12,36 @@ from svmini.errors import InputError
 from svmini.methods.lora import LoRA
 from svmini.model_file import load_model
 from svmini.training import compare
-from svmini.training.loop import Stopped
-from toy import (CPU, Toy, assert_same_folder, interrupt_at, same, train_config, timeless, tiny_gpt, tiny_vit,
-                 token_loss, walk)
+from svmini.training.loop import Diverged, Stopped
+from toy import (CPU, Toy, assert_same_folder, image_task, interrupt_at, same, timeless, tiny_gpt, tiny_vit, token_loss,
+                 train_config, walk)
 
-TRAIN_CONFIG = train_config(steps=6)
+CONFIG = train_config(steps=6)
+SWEEP = {"steps": 6, "batch_size": 4, "seed": 3}   # CONFIG without its learning rate
 
 
 def run(spec, out, task=None, base=None, **changes):
     more = {key: changes.pop(key) for key in ("resume", "eval_every", "metadata", "base_metadata") if key in changes}
-    return compare.run(spec, base or tiny_gpt(0.2), task or Toy(), replace(TRAIN_CONFIG, **changes), CPU, out, **more)
+    return compare.run(spec, base or tiny_gpt(0.2), task or Toy(), replace(CONFIG, **changes), CPU, out, **more)
 
 
-# ---- which specs, at which learning_rates ----
+# ---- which specs, at which learning rates ----
 
-def test_rates_are_looked_up_by_the_word_before_targets_are_written_into_it():
-    learning_rates = {"lora:rank=2": 0.5, "full": 0.25}
-    planned = compare.plan(["full", "lora:rank=2", "lora:rank=2@up", "svfit", "svft:pattern=plain"], tiny_gpt(),
-                           ("query", "value"), learning_rates)
+def test_learning_rates_are_looked_up_before_targets_are_written_into_the_spec():
+    tuned, model = {"lora:rank=2": 0.5, "full": 0.25}, tiny_gpt()
+    planned = compare.plan(["full", "lora:rank=2", "lora:rank=2@up", "svfit", "svft:pattern=plain"], model,
+                           ("query", "value"), tuned)
     assert planned == {"full": 0.25, "lora:rank=2@query,value": 0.5, "lora:rank=2@up": LoRA.lr,
                        "svfit@query,value": METHODS["svfit"].lr, "svft:pattern=plain@query,value": METHODS["svft"].lr}
-    assert compare.plan(["lora:init=kaiming,rank=2"], tiny_gpt(), None, learning_rates) == {"lora:init=kaiming,rank=2": 0.5}
-    assert compare.plan(["full", "lora:rank=2"], tiny_gpt(), None, learning_rates, lr=3.0) == {"full": 3.0, "lora:rank=2": 3.0}
+    assert compare.plan(["lora:init=kaiming,rank=2"], model, None, tuned) == {"lora:init=kaiming,rank=2": 0.5}
+    assert compare.plan(["full", "lora:rank=2"], model, None, tuned, lr=3.0) == {"full": 3.0, "lora:rank=2": 3.0}
+
+
+def test_head_lr_is_the_learning_rate_of_the_linear_probe():
+    specs, tuned = ["head", "full"], {"head": 0.5, "full": 0.25}
+    assert compare.plan(specs, tiny_vit(), None, tuned) == tuned
+    assert compare.plan(specs, tiny_vit(), None, tuned, head_lr=2.0) == {"head": 2.0, "full": 0.25}
+    assert compare.plan(specs, tiny_vit(), None, tuned, lr=3.0, head_lr=2.0) == {"head": 2.0, "full": 3.0}
 
 
 @pytest.mark.parametrize("targets, specs, left", [
@@ -42,28 +50,27 @@ def test_rates_are_looked_up_by_the_word_before_targets_are_written_into_it():
     (None, ["svft", "svft@query,key,value,out,up,down"], ["svft"]),
     (("query",), ["svft", "svft@query", "svft:off_diagonals=2"], ["svft@query"]),
     (None, ["full", "svft:pattern=plain", "full", "svfit"], ["full", "svft:pattern=plain", "svfit"])])
-def test_equal_methods_are_run_once(targets, specs, left):
+def test_equal_methods_run_once(targets, specs, left):
     assert list(compare.plan(specs, tiny_gpt(), targets, {})) == left
 
 
-@pytest.mark.parametrize("spec, targets, said", [
-    ("svfit:rank=99", None, "svfit does not fit blocks.0.attention.query"), ("head", None, "no head of its own"),
+@pytest.mark.parametrize("spec, targets, message", [
+    ("svfit:rank=99", None, "svfit does not fit blocks.0.attention.query"), ("head", None, "no head"),
     ("svft@valeu", None, "'valeu' matches no layer"), ("svft", ("quer",), "'quer' matches no layer"),
     ("svtf", None, "no method 'svtf'")])
-def test_a_word_that_does_not_fit_ends_here(spec, targets, said):
-    with pytest.raises(InputError, match=said):
+def test_a_spec_that_does_not_fit_is_refused(spec, targets, message):
+    with pytest.raises(InputError, match=message):
         compare.plan(["full", spec], tiny_gpt(), targets, {})
 
 
-def test_a_run_says_which_layers_it_takes_and_which_it_leaves():
-    model = tiny_gpt()                                       # one block; its head is tied, so no layer to leave out
-    assert compare.describe_targets(model, None) == ("adapted, where a spec names no targets: query, key, "
-                                                 "value, out, up, down, 6 layers")
+def test_a_run_names_the_adapted_and_the_frozen_layers():
+    model = tiny_gpt()                                       # one block, and a tied head, which is no layer
+    assert compare.describe_targets(model, None) == ("adapted layers: query, key, value, out, up, down (6 in total), "
+                                                     "unless a method spec names its own targets")
     model.blocks[0].mlp.gate = torch.nn.Linear(8, 32)
-    assert compare.describe_targets(model, None).endswith("6 layers; left as they are: gate")
-    assert compare.describe_targets(model, ("up",)) .endswith("up, 1 layers; left as they are: down, gate, key, out, "
-                                                            "query, value")
-    assert compare.describe_targets(tiny_vit(), None).endswith("6 layers")   # a ViT's head is trained whole
+    assert compare.describe_targets(model, None).endswith("; frozen: gate")
+    assert compare.describe_targets(model, ("up",)).endswith("; frozen: down, gate, key, out, query, value")
+    assert "frozen" not in compare.describe_targets(tiny_vit(), None), "the head of a ViT is trained"
 
 
 class Picky(LoRA):
@@ -75,26 +82,25 @@ class Picky(LoRA):
             raise ValueError("rank is too much")
 
 
-def test_all_is_the_main_words_and_every_example_and_what_does_not_fit_is_said(monkeypatch, capsys):
-    monkeypatch.setattr(compare, "METHODS", METHODS)
+def test_all_means_the_main_specs_and_every_example_that_fits(monkeypatch, capsys):
     monkeypatch.setitem(METHODS, "picky", Picky)
     specs = compare.all_specs(["full", "lora:rank=8", "vera:rank=99999999"], tiny_gpt(), None)
     assert specs[:2] == ["full", "lora:rank=8"] and {"svfit", "picky:rank=8", "picky:rank=1@query"} <= set(specs)
-    said = capsys.readouterr().out.splitlines()
-    why = "left out: picky:rank=9: picky does not fit blocks.0.attention.query (8x8): rank is too much"
-    assert "picky:rank=9" not in specs and any(line.startswith(why) for line in said)
+    printed = capsys.readouterr().out.splitlines()
+    why = "skipped: picky:rank=9: picky does not fit blocks.0.attention.query (8x8): rank is too much"
+    assert "picky:rank=9" not in specs and any(line.startswith(why) for line in printed)
     examples = {f"{m}:{e}".rstrip(":") for m, cls in METHODS.items() for e in cls.examples}
-    left_out = {line.split(": ")[1] for line in said}
-    meant = {compare.fitting(spec, tiny_gpt(), None) for spec in specs}
+    skipped = {line.split(": ")[1] for line in printed}
+    meant = {compare.check_spec(spec, tiny_gpt(), None) for spec in specs}
     assert len(meant) == len(specs), "each once"
-    assert all(spec in left_out or compare.fitting(spec, tiny_gpt(), None) in meant for spec in examples)
+    assert all(spec in skipped or compare.check_spec(spec, tiny_gpt(), None) in meant for spec in examples)
     compare.all_specs([], tiny_gpt(), ("up",))
-    assert "left out: picky:rank=9: picky does not fit blocks.0.mlp.up" in capsys.readouterr().out
+    assert "skipped: picky:rank=9: picky does not fit blocks.0.mlp.up" in capsys.readouterr().out
 
 
 # ---- one run ----
 
-def test_a_row_and_what_it_leaves(tmp_path):
+def test_a_run_returns_its_row_and_writes_what_it_tested(tmp_path):
     base = tiny_gpt(0.2)
     start = {k: v.clone() for k, v in base.state_dict().items()}
     row = run("lora:rank=2@query,up", tmp_path, base=base, metadata={"data": "walk"}, eval_every=4)
@@ -102,19 +108,20 @@ def test_a_row_and_what_it_leaves(tmp_path):
     assert {p.name for p in folder.iterdir()} == {"adapter.pt", "metrics.jsonl", "row.json"}
     size = sum(p.numel() for p in base.parameters())
     assert {k: v for k, v in row.items() if k not in ("seconds", "ms_per_step", "metric")} == {
-        "method": "lora:rank=2@query,up", "trainable_params": 2 * 16 + 2 * 40, "head_params": 0, "trainable_percent": 100 * 112 / size,
-        "metric_name": "loss", "higher_is_better": False, "gap_recovered": None, "peak_mb": None, "seed": 3, "lr": 1e-2,
-        "adapter_bytes": (folder / "adapter.pt").stat().st_size, "sample": ["shown"]}
+        "method": "lora:rank=2@query,up", "trainable_params": 2 * 16 + 2 * 40, "head_params": 0,
+        "trainable_percent": 100 * 112 / size, "metric_name": "loss", "higher_is_better": False, "gap_recovered": None,
+        "peak_mb": None, "seed": 3, "lr": 1e-2, "adapter_bytes": (folder / "adapter.pt").stat().st_size,
+        "sample": ["shown"]}
     assert row["seconds"] > 0 and row["ms_per_step"] > 0
     assert json.loads((folder / "row.json").read_text())["row"] == row
-    assert same(dict(base.state_dict()), start), "the base stays as it was"
+    assert same(dict(base.state_dict()), start), "the base model stays as it was"
     assert not any(p.requires_grad != q.requires_grad for p, q in zip(base.parameters(), tiny_gpt().parameters()))
     again = load_adapter(tiny_gpt(0.2), folder / "adapter.pt").eval()
-    assert token_loss(again, *walk(16, "test", 0)).item() == row["metric"], "what was tested is what is kept"
+    assert token_loss(again, *walk(16, "test", 0)).item() == row["metric"]
     assert torch.load(folder / "adapter.pt", weights_only=True)["content"]["metadata"] == {"data": "walk"}
 
 
-def test_full_leaves_a_model_that_is_a_base_again(tmp_path):
+def test_full_fine_tuning_writes_a_model_that_can_be_a_base_again(tmp_path):
     of_base = {"tokenizer": ["00"], "published": True, "data": "x", "metric": 1}
     row = run("full", tmp_path, metadata={"data": "walk"}, base_metadata=of_base)
     model, metadata = load_model(tmp_path / "runs" / "full-seed3" / "model.pt", GPT)
@@ -123,22 +130,23 @@ def test_full_leaves_a_model_that_is_a_base_again(tmp_path):
     assert row["trainable_percent"] == 100 and row["head_params"] == 0
 
 
-def test_the_percentage_is_of_the_base_without_its_head():
+def test_trainable_percent_is_of_the_base_without_its_head():
     base = tiny_vit()
-    counts = {"adapter": 1000, "head": 27}
     size = sum(p.numel() for n, p in base.named_parameters() if not n.startswith("head."))
-    row = compare.empty_row("x", Toy(), TRAIN_CONFIG, counts, base)
-    assert row["trainable_percent"] == 100 * 1000 / size and (row["trainable_params"], row["head_params"]) == (1000, 27)
+    row = compare.empty_row("x", Toy(), 3, 0.1, {"adapter": 1000, "head": 27}, base)
+    assert row["trainable_percent"] == 100 * 1000 / size
+    assert (row["trainable_params"], row["head_params"]) == (1000, 27)
 
 
-def test_the_start_row_is_the_base_as_it_is():
+def test_the_zero_shot_row_is_the_base_model_itself():
     base = tiny_gpt(0.5)
-    row = compare.zero_shot_row(base, Toy(), TRAIN_CONFIG, CPU)
-    assert row["metric"] == token_loss(base.eval(), *walk(16, "test", 0)).item()
-    assert (row["method"], row["lr"], row["trainable_params"], row["trainable_percent"], row["sample"]) == ("zero-shot", None, 0, 0, ["shown"])
+    row = compare.zero_shot_row(base, Toy(), 3, CPU)
+    expected = {"method": "zero-shot", "lr": None, "seed": 3, "trainable_params": 0, "trainable_percent": 0,
+                "sample": ["shown"], "metric": token_loss(base.eval(), *walk(16, "test", 0)).item()}
+    assert expected.items() <= row.items()
 
 
-def test_the_seed_decides_batches_and_the_start_of_lora(tmp_path):
+def test_the_seed_determines_the_batches_and_the_initialization_of_lora(tmp_path):
     starts, keys = {}, []
 
     def batch(size, seed, step):
@@ -157,52 +165,50 @@ def test_the_seed_decides_batches_and_the_start_of_lora(tmp_path):
     assert torch.equal(a, again) and (a - b).abs().max() > 0.01
     assert keys == [(0, 0), (1, 0), (0, 0)]
     base = tiny_gpt()
-    torch.manual_seed(1)   # the stream is set right before the copy is adapted
+    torch.manual_seed(1)   # the seed is set immediately before the copy is adapted
     assert torch.allclose(adapt(base, "lora", rank=2).blocks[0].attention.query.A, b, atol=1e-6)
 
 
-def test_a_head_alone_takes_its_one_rate_as_head_lr(tmp_path):
-    """In a run as in tuning."""
+def test_the_linear_probe_uses_its_learning_rate_as_head_lr_also_in_a_sweep(tmp_path, monkeypatch):
     seen, real = [], compare.train
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "train", lambda model, task, s, *a: seen.append((s.lr, s.head_lr)) or real(
-            model, task, s, *a))
-        x, y = torch.randn(4, 1, 4, 4), torch.tensor([0, 1, 2, 0])
-        task = Toy(batch=lambda *key: (x, y), loss=lambda m, x, y: torch.nn.functional.cross_entropy(m(x), y),
-                   evaluate=lambda m, split: {"loss": None, "metric": 1.0})
-        for spec in ("head", "svfit"):
-            row = run(spec, tmp_path, task, tiny_vit(), lr=0.5, head_lr=0.25)
-            assert row["lr"] == 0.5
-        s = replace(TRAIN_CONFIG, head_lr=0.25)
-        compare.lr_sweep({"head": 0.125, "svfit": 0.125}, tiny_vit(), task, s, CPU, tmp_path, 1)
+    monkeypatch.setattr(compare, "train", lambda model, task, config, *a: (
+        seen.append((config.lr, config.head_lr)), real(model, task, config, *a))[1])
+    for spec in ("head", "svfit"):
+        assert run(spec, tmp_path, image_task(), tiny_vit(), lr=0.5, head_lr=0.25)["lr"] == 0.5
+    compare.lr_sweep({"head": 0.125, "svfit": 0.125}, tiny_vit(), image_task(), SWEEP | {"head_lr": 0.25}, CPU,
+                     tmp_path, 1)
     assert seen == [(0.5, 0.5), (0.5, 0.25), (0.125, 0.125), (0.125, 0.25)]
 
 
-def test_a_divergence_is_a_row_and_is_not_kept(tmp_path):
+def test_a_diverged_run_gives_a_row_and_is_not_kept(tmp_path):
     row = run("lora:rank=2", tmp_path, lr=1e30)
     assert row["metric"] is None and "step" in row["failed"] and row["trainable_params"] > 0
     assert not list(tmp_path.rglob("row.json")) and not list(tmp_path.rglob("adapter.pt"))
     task = Toy(evaluate=lambda model, split: {"loss": None, "metric": math.nan if split == "test" else 1.0})
     assert "metric on test is nan" in run("svfit", tmp_path, task)["failed"]
+    start = compare.zero_shot_row(tiny_gpt(), Toy(), 3, CPU)
+    with pytest.raises(Diverged, match="every run diverged: try a lower --lr"):
+        compare.check_not_all_diverged([start, row, row])
+    compare.check_not_all_diverged([start, row, row | {"metric": 1.0}])
 
 
-def test_a_mistake_in_a_method_keeps_its_traceback(tmp_path, monkeypatch):
+def test_a_bug_in_a_method_keeps_its_traceback(tmp_path, monkeypatch):
     def forward(self, x):
-        raise ValueError("einsum(): a student's mistake")
+        raise ValueError("einsum(): a student's bug")
 
     monkeypatch.setattr(LoRA, "forward", forward)
     for work in (lambda: run("lora:rank=2", tmp_path),
-                 lambda: compare.lr_sweep({"lora:rank=2": 1.0}, tiny_gpt(), Toy(), TRAIN_CONFIG, CPU, tmp_path, 1)):
-        with pytest.raises(ValueError, match="a student's mistake") as caught:
+                 lambda: compare.lr_sweep({"lora:rank=2": 1.0}, tiny_gpt(), Toy(), SWEEP, CPU, tmp_path, 1)):
+        with pytest.raises(ValueError, match="a student's bug") as caught:
             work()
         assert not isinstance(caught.value, InputError)
 
 
 # ---- kept, resumed, refused ----
 
-def test_a_comparison_goes_on_where_it_stopped(tmp_path, monkeypatch):
+def test_a_comparison_resumes_where_it_stopped(tmp_path, monkeypatch):
     jobs = [(spec, seed) for seed in (0, 1) for spec in ("full", "svft", "lora:rank=2")]
-    whole = [run(spec, tmp_path / "whole", seed=seed) for spec, seed in jobs]
+    expected = [run(spec, tmp_path / "uninterrupted", seed=seed) for spec, seed in jobs]
     started, train = [], compare.train
     monkeypatch.setattr(compare, "train", lambda *a: started.append((a[5], a[2].seed)) or train(*a))
     with pytest.raises(Stopped):
@@ -212,66 +218,66 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path, monkeypatch):
     del started[:]
     rows = [run(spec, tmp_path / "cut", seed=seed, resume=True) for spec, seed in jobs]
     assert started == jobs[4:]
-    assert list(map(timeless, rows)) == list(map(timeless, whole))
-    assert_same_folder(tmp_path / "whole", tmp_path / "cut")
+    assert list(map(timeless, rows)) == list(map(timeless, expected))
+    assert_same_folder(tmp_path / "uninterrupted", tmp_path / "cut")
     del started[:]
     run("full", tmp_path / "cut", seed=0)
-    assert started == [("full", 0)], "without --resume it is made again"
+    assert started == [("full", 0)], "without --resume, a run starts again"
 
 
-OTHERS = [   # what a row must not be taken over from, and what is then said
+OTHERS = [   # changes that make a row unusable, and what the error says
     *(({key: value}, f"{key} was") for key, value in (
         ("steps", 5), ("lr", 0.5), ("batch_size", 3), ("head_lr", 0.5), ("warmup_ratio", 0.5), ("schedule", "cosine"),
         ("weight_decay", 0.5), ("betas", (0.5, 0.5)), ("grad_clip", 0.5), ("grad_accum_steps", 2))),
-    ({"task": Toy(data_config={"data": "other"})}, "data was 'walk' and is 'other'"), ({"spec": "svft"}, "method was"),
-    ({"base": tiny_gpt(0.2, seed=8)}, "base was"), ({"base": tiny_gpt(0.1)}, "model.dropout was"),
+    ({"task": {"data": "other"}}, "data was 'walk' and is 'other'"), ({"spec": "svft"}, "method was"),
+    ({"base": (0.2, 8)}, "base was"), ({"base": (0.1, 0)}, "model.dropout was"),
     ({"device_config": replace(CPU, dtype=torch.bfloat16)}, "dtype was 'torch.float32'"),
     ({"spec": "svfit:rank=3"}, "options.rank was"), ({"spec": "svfit@query"}, "targets was")]
 
 
-@pytest.mark.parametrize("change, said", OTHERS, ids=[said for _, said in OTHERS])
-def test_a_row_under_other_conditions_is_refused(tmp_path, change, said, monkeypatch):
+def test_a_row_with_another_run_config_is_refused_and_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "run_path", lambda out, spec, seed: tmp_path / "one")
     run("svfit", tmp_path)
     before = (tmp_path / "one" / "row.json").read_bytes()
     monkeypatch.setattr(compare, "train", lambda *a: pytest.fail("training started"))
     assert run("svfit", tmp_path, resume=True)["method"] == "svfit"
-    now = {"spec": "svfit", "base": tiny_gpt(0.2), "task": Toy(), "device_config": CPU} | {
-        k: v for k, v in change.items() if k in ("spec", "base", "task", "device_config")}
-    s = replace(TRAIN_CONFIG, **{k: v for k, v in change.items() if k not in now})
-    with pytest.raises(InputError, match="row.json was made with another run config") as caught:
-        compare.run(now["spec"], now["base"], now["task"], s, now["device_config"], tmp_path, resume=True)
-    assert said in str(caught.value) and (tmp_path / "one" / "row.json").read_bytes() == before
+    for change, message in OTHERS:
+        now = {"spec": "svfit", "base": (0.2, 0), "task": {"data": "walk"}, "device_config": CPU} | change
+        config = replace(CONFIG, **{k: now.pop(k) for k in list(now) if hasattr(CONFIG, k)})
+        with pytest.raises(InputError, match="row.json was made with another run config") as caught:
+            compare.run(now["spec"], tiny_gpt(*now["base"]), Toy(data_config=now["task"]), config, now["device_config"],
+                        tmp_path, resume=True)
+        assert message in str(caught.value) and (tmp_path / "one" / "row.json").read_bytes() == before
 
 
-def test_a_comparison_begun_anew_deletes_what_an_older_one_left(tmp_path):
+def test_a_new_comparison_deletes_what_an_earlier_one_left(tmp_path):
     run("svfit", tmp_path)
     run("full", tmp_path, seed=4)
     run("svft", tmp_path)
-    compare.delete_runs(["svfit", "full"], (3, 4), tmp_path)
+    compare.delete_runs(["svfit", "full"], range(3, 10**12), tmp_path)
     assert {p.parent.name for p in tmp_path.rglob("row.json")} == {"svft-seed3"}
     assert {p.parent.name for p in tmp_path.rglob("*.pt")} == {"svft-seed3"}
 
 
-# ---- learning learning_rates ----
+# ---- learning-rate sweep ----
 
-def by_rate(val, test, higher=False):
-    """A task whose score is what `val` and `test` say of the learning rate, as a power of two times 0.1."""
+def by_learning_rate(val, test, higher=False):
+    """Return a task whose scores depend on the learning rate, as a power of two times 0.1."""
     def evaluate(model, split):
-        return {"loss": None, "metric": float((val if split == "val" else test)[round(math.log2(model.rate / 0.1))])}
+        return {"loss": None, "metric": float((val if split == "val" else test)[round(math.log2(model.lr / 0.1))])}
 
     return Toy(evaluate=evaluate, higher_is_better=higher)
 
 
 @pytest.fixture
-def rates_seen(monkeypatch):
-    """Every training's rate, which the model is told too."""
+def tried(monkeypatch):
+    """The (label, learning rate) of every training run; the model knows its learning rate."""
     seen, train = [], compare.train
 
-    def spy(model, task, s, *arguments):
-        seen.append((arguments[-1], s.lr))
-        model.rate = s.lr
-        return train(model, task, replace(s, lr=1e-3, steps=1), *arguments)
+    def spy(model, task, config, *arguments):
+        seen.append((arguments[-1], config.lr))
+        model.lr = config.lr
+        return train(model, task, replace(config, lr=1e-3, steps=1), *arguments)
 
     monkeypatch.setattr(compare, "train", spy)
     return seen
@@ -280,44 +286,58 @@ def rates_seen(monkeypatch):
 @pytest.mark.parametrize("higher, val, best", [
     (False, {-1: 3, 0: 1, 1: 2}, 0.1), (True, {-1: 3, 0: 1, 1: 2}, 0.05), (False, {-1: 2, 0: 3, 1: 1}, 0.2),
     (True, {-1: 1, 0: 3, 1: 3}, 0.1), (False, {-1: 1, 0: 1, 1: 1}, 0.05)])
-def test_the_rate_is_chosen_on_the_validation_split_alone(tmp_path, rates_seen, higher, val, best):
-    """The test split says the opposite. Of equal ones the smaller rate is taken."""
+def test_the_learning_rate_is_chosen_on_validation_data(tmp_path, tried, higher, val, best):
+    """The test split says the opposite. Of equal scores, the smaller learning rate wins."""
     opposite = {exponent: -value for exponent, value in val.items()}
-    found = compare.lr_sweep({"svfit": 0.1}, tiny_gpt(), by_rate(val, opposite, higher), TRAIN_CONFIG, CPU, tmp_path, 3)
+    found = compare.lr_sweep({"svfit": 0.1}, tiny_gpt(), by_learning_rate(val, opposite, higher), SWEEP, CPU, tmp_path, 3)
     assert found == {"svfit": {"lr": [0.05, 0.1, 0.2], "val": [val[-1], val[0], val[1]], "best": best}}
-    assert [lr for _, lr in rates_seen] == [0.05, 0.1, 0.2], "a factor 2 to each side"
-    assert not (tmp_path / "runs").exists(), "a trial keeps nothing"
+    assert [lr for _, lr in tried] == [0.05, 0.1, 0.2], "a factor of 2 to each side"
+    assert not (tmp_path / "runs").exists(), "a sweep keeps no runs"
 
 
-def test_a_rate_that_diverges_is_never_chosen(tmp_path):
-    base, grid = tiny_gpt(), {"svfit": 1e-2, "full": 1e30}
-    found = compare.lr_sweep(grid, base, Toy(), train_config(steps=12), CPU, tmp_path, 1)
+def test_a_learning_rate_that_diverges_is_never_chosen(tmp_path):
+    found = compare.lr_sweep({"svfit": 1e-2, "full": 1e30}, tiny_gpt(), Toy(), SWEEP | {"steps": 12}, CPU, tmp_path, 1)
     assert found["full"] == {"lr": [1e30], "val": [None], "best": None}
     assert found["svfit"]["best"] == 1e-2 and math.isfinite(found["svfit"]["val"][0])
 
 
-def test_what_a_trial_draws_is_by_its_seed_and_not_by_what_ran_before(tmp_path):
-    one, other = (compare.lr_sweep({spec: 0.1 for spec in specs}, tiny_gpt(0.2), Toy(), TRAIN_CONFIG, CPU, tmp_path, 2)
+def test_a_sweep_depends_on_its_seed_and_not_on_earlier_runs(tmp_path):
+    one, other = (compare.lr_sweep({spec: 0.1 for spec in specs}, tiny_gpt(0.2), Toy(), SWEEP, CPU, tmp_path, 2)
                   for specs in (["svfit", "lora:rank=2"], ["lora:rank=2"]))
     assert one["lora:rank=2"] == other["lora:rank=2"]
 
 
-def test_tuning_goes_on_and_is_guarded(tmp_path, rates_seen):
-    def lr_sweep(learning_rates, resume, points=3, **changes):
-        task = Toy(data_config={"data": "walk", "shape": (1, 2)})
-        return compare.lr_sweep(learning_rates, tiny_gpt(), task, replace(TRAIN_CONFIG, **changes), CPU, tmp_path, points, resume)
+def sweep_toy(out, specs, resume, n=3, **changes):
+    task = Toy(data_config={"data": "walk", "shape": (1, 2)})
+    return compare.lr_sweep(dict.fromkeys(specs, 0.1), tiny_gpt(), task, SWEEP | changes, CPU, out, n, resume)
 
-    found = lr_sweep({"svfit": 0.1, "full": 0.1}, False)
-    del rates_seen[:]
-    resumed = lr_sweep({"svfit": 0.1, "full": 0.1, "lora:rank=2": 0.1}, True)
-    assert [spec for spec, _ in rates_seen] == [f"lora:rank=2 lr {lr}" for lr in (0.05, 0.1, 0.2)]
+
+def test_a_resumed_sweep_gives_every_method_equally_many_learning_rates(tmp_path, tried):
+    """Also with another number, and its table contains only the methods that were asked for."""
+    found = sweep_toy(tmp_path, ["svfit", "full"], False)
+    del tried[:]
+    resumed = sweep_toy(tmp_path, ["svfit", "full", "lora:rank=2"], True)
+    assert [spec for spec, _ in tried] == [f"lora:rank=2 lr {lr}" for lr in (0.05, 0.1, 0.2)]
     assert {spec: resumed[spec] for spec in found} == found
+    del tried[:]
+    more = sweep_toy(tmp_path, ["svfit", "lora:rank=2"], True, n=5)
+    assert {spec: t["lr"] for spec, t in more.items()} == dict.fromkeys(["svfit", "lora:rank=2"], [
+        0.025, 0.05, 0.1, 0.2, 0.4])
+    assert [lr for _, lr in tried] == 2 * [0.025, 0.4]
+    content = json.loads((tmp_path / "lr_sweep.json").read_text())
+    assert content["learning_rates"] == 5 and content["found"] == more
+    del tried[:]
+    assert sweep_toy(tmp_path, ["svfit", "full"], True) == found and not tried, "no score is lost"
+
+
+def test_a_sweep_with_another_run_config_or_a_damaged_file_is_refused(tmp_path, tried):
+    sweep_toy(tmp_path, ["svfit"], False)
     with pytest.raises(InputError, match="lr_sweep.json was made with another run config: schedule was 'linear' and is"):
-        lr_sweep({"svfit": 0.1}, True, schedule="cosine")
-    for text in ("{", "[]", "{}", '{"run_config": {}, "found": 3}', ""):
+        sweep_toy(tmp_path, ["svfit"], True, schedule="cosine")
+    for text in ("{", "[]", "{}", '{"run_config": {}, "scores": 3}', ""):
         (tmp_path / "lr_sweep.json").write_text(text)
         with pytest.raises(InputError, match="lr_sweep.json is damaged"):
-            lr_sweep({"svfit": 0.1}, True)
+            sweep_toy(tmp_path, ["svfit"], True)
     with pytest.raises(InputError):
-        lr_sweep({"svfit:rank=99": 0.1}, False)
-    assert not (tmp_path / "lr_sweep.json").exists(), "begun anew, and killed: a later --resume must not meet the old one"
+        sweep_toy(tmp_path, ["svfit:rank=99"], False)
+    assert not (tmp_path / "lr_sweep.json").exists(), "a new sweep deletes the file, so a later --resume cannot find it"

@@ -1,4 +1,4 @@
-"""The training loop: schedule, optimizer, clipping, a batch in parts, what is not finite, evaluation, devices."""
+"""The training loop: schedule, optimizer, clipping, micro-batches, waiting for the device, divergence, evaluation."""
 
 import math
 import shutil
@@ -7,61 +7,59 @@ import threading
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from svmini import adapt
 from svmini.data import IGNORE_INDEX
 from svmini.errors import InputError
 from svmini.rng import generator
 from svmini.training import loop
-from svmini.training.loop import Diverged, evaluate, make_optimizer, lr_multiplier, train
-from svmini.training.device import resolve_device
-from toy import CPU, Toy, log_of, run, train_config, tiny_gpt, tiny_vit, token_loss, walk
+from svmini.training.device import DeviceConfig, limit_threads, resolve_device
+from svmini.training.loop import Diverged, evaluate, lr_multiplier, make_optimizer, train
+from toy import CPU, Toy, image_task, log_of, run_folder, tiny_gpt, tiny_vit, token_loss, train_config, walk
 
 
-def test_the_key_alone_decides_what_is_drawn():
+def test_a_generator_depends_on_its_key_alone():
     def draw(*key):
         return torch.randint(2**62, (4,), generator=generator(*key)).tolist()
 
     before = torch.get_rng_state()
-    assert generator("batch", 0, 7).initial_seed() == 26639363565562997   # in every process: results depend on it
+    assert generator("batch", 0, 7).initial_seed() == 26639363565562997   # the same in every process
     assert draw("batch", 0, 7) == draw("batch", 0, 7)
     keys = [("batch", 0, 7), ("batch", 7, 0), ("batch", 0, 8), ("batch", 1, 7), ("other", 0, 7), ("batch", 0)]
     assert len({tuple(draw(*key)) for key in keys}) == len(keys)
-    assert torch.equal(before, torch.get_rng_state()), "the global generator is left alone"
+    assert torch.equal(before, torch.get_rng_state()), "the global generator must not change"
 
 
-# ---- the schedule, step by step ----
+# ---- schedule ----
 
-# ten steps, two of them warm-up; cosine: (1 + cos(π (1 − left))) / 2
+# ten steps, two of them warm-up; cosine: (1 + cos(π (1 − remaining))) / 2
 @pytest.mark.parametrize("schedule, expected", [
     ("linear", [0.5, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
     ("cosine", [0.5, 1, 1, 0.961939766255643, 0.853553390593274, 0.691341716182545, 0.5, 0.308658283817455,
                 0.146446609406726, 0.038060233744357]),
     ("constant", [0.5] + 9 * [1]),
 ])
-def test_every_step_has_the_rate_worked_out_by_hand(schedule, expected, monkeypatch):
-    s, used, step = train_config(steps=10, lr=0.25, head_lr=0.5, warmup_ratio=0.2, schedule=schedule), [], torch.optim.AdamW.step
-    assert [lr_multiplier(i, s) for i in range(10)] == pytest.approx(expected, abs=1e-12)
+def test_every_step_uses_the_scheduled_learning_rate_in_every_group(schedule, expected, monkeypatch):
+    config, used = train_config(steps=10, lr=0.25, head_lr=0.5, warmup_ratio=0.2, schedule=schedule), []
+    assert [lr_multiplier(i, config) for i in range(10)] == pytest.approx(expected, abs=1e-12)
+    step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: (
         used.append(sorted(g["lr"] for g in self.param_groups)), step(self, *a, **k))[1])
-    model, x = adapt(tiny_vit(), "svfit"), torch.randn(4, 1, 4, 4)
-    task = Toy(batch=lambda *key: (x, torch.tensor([0, 1, 2, 0])), loss=lambda m, x, y: F.cross_entropy(m(x), y),
-               evaluate=lambda m, split: {"loss": None, "metric": 1.0})
-    train(model, task, s, CPU, run(None))
-    assert used == [pytest.approx([0.25 * e, 0.5 * e]) for e in expected], "of every group"
+    train(adapt(tiny_vit(), "svfit"), image_task(), config, CPU, run_folder())
+    assert used == [pytest.approx([0.25 * e, 0.5 * e]) for e in expected]
 
 
-def test_the_log_has_the_rate_of_its_step(tmp_path):
-    train(tiny_gpt(), Toy(), train_config(steps=10, warmup_ratio=0.2), CPU, run(tmp_path, eval_every=4))
+def test_the_log_has_the_learning_rate_of_its_step(tmp_path):
+    train(tiny_gpt(), Toy(), train_config(steps=10, warmup_ratio=0.2), CPU, run_folder(tmp_path, eval_every=4))
     assert [(line["step"], line["lr"]) for line in log_of(tmp_path)] == [
         (4, pytest.approx(0.875e-2)), (8, pytest.approx(0.375e-2)), (10, pytest.approx(0.125e-2))]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_the_shortest_runs_have_a_rate(steps):
-    rates = [lr_multiplier(i, train_config(steps=steps)) for i in range(steps)]
-    assert rates[0] == 1 and all(0 < r <= 1 for r in rates)
+def test_the_shortest_runs_have_positive_learning_rates(steps):
+    multipliers = [lr_multiplier(i, train_config(steps=steps)) for i in range(steps)]
+    assert multipliers[0] == 1 and all(0 < m <= 1 for m in multipliers)
 
 
 def test_an_unknown_schedule_is_an_error():
@@ -69,9 +67,9 @@ def test_an_unknown_schedule_is_an_error():
         train_config(schedule="cosin")
 
 
-# ---- the optimizer ----
+# ---- optimizer ----
 
-def test_the_groups_have_their_rate_and_decay():
+def test_each_optimizer_group_has_its_learning_rate_and_weight_decay():
     model = adapt(tiny_vit(), "lora", rank=2)
     optimizer = make_optimizer(model, train_config(lr=1e-3, head_lr=1e-2, weight_decay=0.1, betas=(0.5, 0.7)))
     found = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
@@ -80,22 +78,22 @@ def test_the_groups_have_their_rate_and_decay():
     assert found == expected and len(expected) < len(list(model.parameters()))
     assert {g["betas"] for g in optimizer.param_groups} == {(0.5, 0.7)}
     optimizer = make_optimizer(model, train_config(lr=1e-3))
-    assert {g["lr"] for g in optimizer.param_groups} == {1e-3}, "without head_lr the head has lr"
+    assert {g["lr"] for g in optimizer.param_groups} == {1e-3}, "without head_lr, the head uses lr"
     svft = make_optimizer(adapt(tiny_gpt(), "svft"), train_config(weight_decay=0.1))
-    assert {g["weight_decay"] for g in svft.param_groups} == {0.0}, "M is a vector"
+    assert {g["weight_decay"] for g in svft.param_groups} == {0.0}, "M is stored as a vector"
     with pytest.raises(InputError, match="nothing to train"):
         make_optimizer(model.requires_grad_(False), train_config())
 
 
 @pytest.fixture
-def descent(monkeypatch):
-    """In place of Adam, SGD of rate 1: it moves a weight by its gradient itself."""
-    monkeypatch.setattr(loop, "make_optimizer", lambda model, s: torch.optim.SGD(
+def sgd(monkeypatch):
+    """Replace AdamW by SGD with learning rate 1, which moves a weight by its gradient."""
+    monkeypatch.setattr(loop, "make_optimizer", lambda model, config: torch.optim.SGD(
         [{"params": list(model.parameters()), "lr": 1.0, "peak_lr": 1.0}]))
 
 
 class Plain(torch.nn.Module):
-    """A weight of two numbers; each step's loss gives it the gradient (3, 4) times `size`, of norm 5 size."""
+    """A weight with two entries. In each step, the loss gives it the gradient size * (3, 4), with norm 5 * size."""
 
     def __init__(self):
         super().__init__()
@@ -107,69 +105,84 @@ class Plain(torch.nn.Module):
                    loss=lambda m, x, y: size * (m.weight * torch.tensor([3.0, 4.0])).sum())
 
 
+def use_scaler(monkeypatch, scale):
+    """Make train use a GradScaler with this initial scale, as in float16."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler)
+
+
 @pytest.mark.parametrize("size, clip, expected", [
     (2.0, 1.0, (0.6, 0.8)), (2.0, 20.0, (6.0, 8.0)), (0.1, 1.0, (0.3, 0.4))])
-@pytest.mark.parametrize("scale", [1.0, 2.0 ** 10])
-def test_the_gradient_is_clipped_to_its_norm_after_it_is_unscaled(size, clip, expected, scale, descent, monkeypatch):
-    """scale: of a GradScaler, as float16 has it."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1)
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler)
+@pytest.mark.parametrize("scale", [None, 2.0 ** 10])
+def test_the_gradient_is_clipped_after_it_is_unscaled(size, clip, expected, scale, sgd, monkeypatch):
+    if scale:
+        use_scaler(monkeypatch, scale)
     model = Plain()
-    train(model, Plain.task(size), train_config(steps=1, grad_clip=clip), CPU, run(None))
+    train(model, Plain.task(size), train_config(steps=1, grad_clip=clip), CPU, run_folder())
     assert (-model.weight).tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_gradients_do_not_pile_up(descent):
+def test_a_float16_step_that_overflows_is_skipped_and_training_continues(monkeypatch):
+    """The scale is 2^127 in the first step and 2^125 in the third, the first one that does not overflow."""
+    use_scaler(monkeypatch, 2.0 ** 127)
+    model, weights = Plain(), []
+    task = Plain.task(1.2)
+    task.batch = lambda *key: (weights.append(model.weight.tolist()), (torch.ones(2, 1), torch.zeros(2, 1)))[1]
+    train(model, task, train_config(steps=20, warmup_ratio=0), CPU, run_folder(eval_every=0))
+    assert weights[:3] == 3 * [[0.0, 0.0]] and weights[3] == pytest.approx([-0.0095, -0.0095], rel=0.1)
+    assert model.weight.isfinite().all() and model.weight.abs().max() > 0.05
+
+
+def test_gradients_are_reset_in_every_step(sgd):
     model = Plain()
-    train(model, Plain.task(1.0), train_config(steps=3, grad_clip=100, schedule="constant"), CPU, run(None))
+    train(model, Plain.task(1.0), train_config(steps=3, grad_clip=100, schedule="constant"), CPU, run_folder())
     assert model.weight.tolist() == pytest.approx([-9, -12])
 
 
-# ---- a batch in parts, compiled steps ----
+# ---- micro-batches, compiled steps ----
 
-def some_targets(size, seed, step):
-    """The walk with few targets, unequally many a text: 1 of 8 in the first text, 2 in the second, and so on."""
+def few_labels(size, seed, step):
+    """The walk with an unequal number of labels per text: 1 of 8 in the first, 2 in the second, and so on."""
     x, y = walk(size, seed, step)
     return x, y.masked_fill(torch.arange(8) > torch.arange(size).unsqueeze(1), IGNORE_INDEX)
 
 
-def no_targets_in_front(size, seed, step):
+def no_labels_in_front(size, seed, step):
     x, y = walk(size, seed, step)
     return x, y.masked_fill(torch.arange(size).unsqueeze(1) < 2, IGNORE_INDEX)
 
 
-def in_parts(parts, batch, loss=token_loss, method=None):
-    """(the weights after three steps of a batch of 7 that goes through in parts, the sizes of the parts)"""
+def weights_after(n, batch, loss=token_loss, method=None):
+    """Return the weights after three steps of a batch of 7 in n micro-batches, and the sizes of the micro-batches."""
     sizes, model = [], tiny_gpt().double()
     model = adapt(model, method) if method else model
     task = Toy(batch=batch, loss=lambda m, x, y: sizes.append(len(x)) or loss(m, x, y))
-    train(model, task, train_config(steps=3, batch_size=7, grad_accum_steps=parts, warmup_ratio=0, lr=1e-3, grad_clip=0.5), CPU, run(None))
+    config = train_config(steps=3, batch_size=7, grad_accum_steps=n, warmup_ratio=0, lr=1e-3, grad_clip=0.5)
+    train(model, task, config, CPU, run_folder())
     return torch.cat([p.detach().flatten() for p in model.parameters()]), sizes
 
 
-@pytest.mark.parametrize("batch, method", [(walk, None), (some_targets, None), (no_targets_in_front, None),
-                                           (some_targets, "svft")])
-@pytest.mark.parametrize("parts, sizes", [(2, [4, 3]), (3, [3, 3, 1]), (7, [1] * 7), (20, [1] * 7)])
-def test_a_batch_in_parts_makes_the_step_of_the_whole(batch, method, parts, sizes):
-    if batch is no_targets_in_front and parts > 3:
-        sizes = sizes[2:]   # a part without a target is left out
-    (whole, one), (got, seen) = (in_parts(n, batch, method=method) for n in (1, parts))
-    assert one == 3 * [7] and seen == 3 * sizes
-    assert (got - whole).abs().max() <= 1e-10
+@pytest.mark.parametrize("batch, method", [(walk, None), (few_labels, None), (no_labels_in_front, None),
+                                           (few_labels, "svft")])
+def test_micro_batches_give_the_step_of_the_undivided_batch(batch, method):
+    expected, sizes = weights_after(1, batch, method=method)
+    assert sizes == 3 * [7]
+    for n, sizes in ((2, [4, 3]), (3, [3, 3, 1]), (7, [1] * 7), (20, [1] * 7)):
+        found, seen = weights_after(n, batch, method=method)
+        assert seen == 3 * sizes and (found - expected).abs().max() <= 1e-10
 
 
-def test_the_share_of_each_part_matters_here():
-    """The test above would see parts that all count the same."""
-    def equal(model, x, y):   # what train multiplies by is divided out
-        whole = some_targets(7, 0, 0)[1] != IGNORE_INDEX
-        return token_loss(model, x, y) / ((y != IGNORE_INDEX).sum() / whole.sum()) / 2
+def test_the_weight_of_each_micro_batch_matters_in_the_test_above():
+    def equal(model, x, y):   # divide by the weight that train multiplies by
+        total = few_labels(7, 0, 0)[1] != IGNORE_INDEX
+        return token_loss(model, x, y) / ((y != IGNORE_INDEX).sum() / total.sum()) / 2
 
-    assert (in_parts(2, some_targets, equal)[0] - in_parts(1, some_targets)[0]).abs().max() > 1e-6
+    assert (weights_after(2, few_labels, equal)[0] - weights_after(1, few_labels)[0]).abs().max() > 1e-6
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_steps_train_to_the_same_weights(backend, monkeypatch):
-    """By tracing alone, which takes seconds; the slow one also through the C++ compiler of this device_config."""
+    """The eager backend only traces the model, which takes seconds. The slow one uses the C++ compiler."""
     if backend == "inductor" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
         pytest.skip("there is no C++ compiler")
     start, *models = [adapt(tiny_gpt(), "lora", rank=2) for _ in range(3)]
@@ -178,15 +191,58 @@ def test_compiled_steps_train_to_the_same_weights(backend, monkeypatch):
     calls, real = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: calls.append(model) or real(model, backend=backend))
     for model, device_config in zip(models, (CPU, compiled)):
-        train(model, Toy(), train_config(steps=4), device_config, run(None, eval_every=2))
+        train(model, Toy(), train_config(steps=4), device_config, run_folder(eval_every=2))
     assert calls == [models[1]]
     for a, b, before in zip(*(m.parameters() for m in (*models, start)), strict=True):
         assert torch.allclose(a, b, atol=1e-6) and (not a.requires_grad or not torch.equal(a, before))
 
 
-# ---- what is not finite ----
+# ---- waiting for the device ----
 
-def test_divergence_is_said_with_its_step_and_rate_and_nothing_of_it_is_written(tmp_path):
+class Waits(TorchDispatchMode):
+    """Record every operation that would make the host wait for a GPU: reading a value of a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps, self.now = [], None
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(name in str(function) for name in ("_local_scalar_dense", "is_nonzero", "aten.equal", "aten.nonzero")):
+            self.steps.append(self.now)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("dtype, n", [("float32", 1), ("float32", 3), ("bfloat16", 2), ("float16", 2)])
+def test_the_host_waits_for_the_device_once_in_ten_steps(dtype, n):
+    """In all other steps, no value is read: not by the check for finite weights, the loss, clipping or the GradScaler."""
+    def batch(size, seed, step):
+        waits.now = None   # drawing the batch happens on the CPU
+        x, y = few_labels(size, seed, step)
+        waits.now = step
+        return x, y
+
+    model, config = adapt(tiny_gpt(), "lora", rank=2), train_config(steps=25, grad_accum_steps=n)
+    with Waits() as waits:
+        train(model, Toy(batch=batch), config, resolve_device("cpu", dtype), run_folder(eval_every=0, save_every=0))
+    waited = [step for step in waits.steps if step is not None]
+    assert waited[:2] == [9, 19] and set(waited[2:]) == {24}, "0-based; the evaluation after the last step may wait"
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_step_needs_no_value(n, monkeypatch):
+    """Tensors on the meta device have no values: all nine steps run, and the first read of the loss fails."""
+    monkeypatch.setattr(DeviceConfig, "autocast", lambda self: torch.autocast("cpu", enabled=False))
+    steps = []
+    task = Toy(batch=lambda size, seed, step: (steps.append(step), [t.to("meta") for t in walk(size, seed, step)])[1])
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        train(tiny_gpt(), task, train_config(steps=9, grad_accum_steps=n),
+              DeviceConfig(torch.device("meta"), torch.float32, ""), run_folder(eval_every=0, save_every=0))
+    assert steps == list(range(9))
+
+
+# ---- divergence ----
+
+def test_divergence_names_step_and_learning_rate_and_writes_nothing(tmp_path):
     def loss(model, x, y):
         return token_loss(model, x, y) * (math.nan if model.now == 7 else 1)
 
@@ -197,35 +253,35 @@ def test_divergence_is_said_with_its_step_and_rate_and_nothing_of_it_is_written(
     model = tiny_gpt()
     with pytest.raises(Diverged) as caught:
         train(model, Toy(batch=batch, loss=loss), train_config(steps=40, warmup_ratio=0), CPU,
-              run(tmp_path, eval_every=1, save_every=1), label="lora:rank=8")
-    for spec in ("lora:rank=8", "nan", "step 8", "0.0085", "--lr"):     # 1e-2 * (40 - 7) / 39
-        assert spec in str(caught.value), f"{spec!r} is not in {str(caught.value)!r}"
-    kept = torch.load(tmp_path / "last.pt", weights_only=True)["content"]
-    assert kept["step"] == 7 and all(t.isfinite().all() for t in kept["model"].values())
+              run_folder(tmp_path, eval_every=1, save_every=1), label="lora:rank=8")
+    for part in ("lora:rank=8", "nan", "step 8", "0.0085", "--lr"):     # 1e-2 * (40 - 7) / 39
+        assert part in str(caught.value), f"{part!r} is not in {str(caught.value)!r}"
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)["content"]
+    assert saved["step"] == 7 and all(t.isfinite().all() for t in saved["model"].values())
     assert len(log_of(tmp_path)) == 7 and "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
-def test_divergence_is_seen_within_ten_steps_where_nothing_is_written():
+def test_divergence_is_noticed_within_ten_steps():
     seen = []
     with pytest.raises(Diverged):
         train(tiny_gpt(), Toy(batch=lambda *key: seen.append(key) or walk(*key)), train_config(steps=500, lr=1e30), CPU,
-              run(None, eval_every=0, save_every=0))
+              run_folder(eval_every=0, save_every=0))
     assert len(seen) == 10
 
 
-def test_a_finite_loss_whose_step_ruins_the_weights(tmp_path):
-    """The loss is read before the step: a gradient that is not finite shows in the weights only."""
+def test_a_step_that_ruins_the_weights_is_a_divergence_even_if_the_loss_is_finite(tmp_path):
+    """The loss is computed before the step, so a gradient that is not finite only shows in the weights."""
     def loss(model, x, y):
         return token_loss(model, x, y) + (0 * model.norm.weight.sum()).sqrt()   # 0, with a gradient of 0 * inf
 
-    task = Toy(loss=loss, evaluate=lambda model, split: {"loss": None, "metric": 3.8})   # an accuracy, of any weights
+    task = Toy(loss=loss, evaluate=lambda model, split: {"loss": None, "metric": 3.8})   # finite for any weights
     with pytest.raises(Diverged):
-        train(tiny_gpt(), task, train_config(steps=1, lr=1e-3), CPU, run(tmp_path))
+        train(tiny_gpt(), task, train_config(steps=1, lr=1e-3), CPU, run_folder(tmp_path))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_a_score_that_is_not_finite_is_no_result(split):
+def test_a_score_that_is_not_finite_is_a_divergence(split):
     with pytest.raises(Diverged, match=f"walk: the loss on {split} is nan"):
         evaluate(tiny_gpt(), Toy(evaluate=lambda model, split: {"loss": math.nan, "metric": 3.8}), split, CPU)
 
@@ -233,7 +289,7 @@ def test_a_score_that_is_not_finite_is_no_result(split):
 # ---- evaluation, devices, signals ----
 
 @pytest.mark.parametrize("training", [True, False])
-def test_evaluation_is_in_eval_mode_under_autocast_and_without_autograd(training):
+def test_evaluation_uses_eval_mode_and_autocast_without_autograd(training):
     model, seen = tiny_gpt(0.5).train(training), []
 
     def look(m, split):
@@ -247,45 +303,63 @@ def test_evaluation_is_in_eval_mode_under_autocast_and_without_autograd(training
     assert model.training is training and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
 
 
-def test_training_goes_on_in_training_mode_after_an_evaluation():
+def test_training_continues_in_training_mode_after_an_evaluation():
     modes, model = [], tiny_gpt(0.5).eval()
     task = Toy(loss=lambda m, x, y: modes.append(m.training) or token_loss(m, x, y))
-    train(model, task, train_config(steps=3), CPU, run(None, eval_every=1))
+    train(model, task, train_config(steps=3), CPU, run_folder(eval_every=1))
     assert modes == [True] * 3
 
 
-def test_steps_run_in_the_dtype_of_the_machine():
+def test_steps_run_in_the_dtype_of_the_device_config():
     seen = []
     task = Toy(loss=lambda m, x, y: seen.append(m(x).dtype) or token_loss(m, x, y))
-    train(tiny_gpt(), task, train_config(steps=1), resolve_device("cpu", "bfloat16"), run(None))
+    train(tiny_gpt(), task, train_config(steps=1), resolve_device("cpu", "bfloat16"), run_folder())
     assert seen == [torch.bfloat16]
 
 
-def test_machine():
-    assert CPU.device.type == "cpu" and CPU.dtype == torch.float32 and "asked for" in CPU.reason
+def test_a_device_is_resolved_with_its_reason():
+    assert CPU.device.type == "cpu" and CPU.dtype == torch.float32
+    assert CPU.reason == "cpu (1 thread, set by --device), float32"
     auto = resolve_device()
     assert auto.device.type == ("cuda" if torch.cuda.is_available() else
                                 "mps" if torch.backends.mps.is_available() else "cpu")
-    for name, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
-        if not there:
-            with pytest.raises(InputError, match=f"device '{name}' is not there: use auto or .*cpu"):
+    assert "auto-selected" in auto.reason
+    for name, available in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
+        if not available:
+            with pytest.raises(InputError, match=f"device '{name}' is not available: use auto or .*cpu"):
                 resolve_device(name)
 
 
 @pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
-def test_a_card_takes_the_half_precision_that_it_can_do(capability, dtype, monkeypatch):
+def test_a_gpu_uses_the_half_precision_that_its_hardware_has(capability, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
-    device_config = resolve_device()
-    assert device_config.device.type == "cuda" and device_config.dtype == dtype and "a card" in device_config.reason
+    found = resolve_device()
+    assert found.device.type == "cuda" and found.dtype == dtype and found.reason.startswith("cuda (a card, auto-")
 
 
-def test_the_handler_of_before_comes_back_and_threads_can_train():
+@pytest.mark.parametrize("device, set_by_user, size, threads", [
+    ("cpu", None, 7, 1), ("cpu", "4", 7, 4), ("cpu", None, 2_000_000, 4), ("meta", None, 7, 4)])
+def test_a_small_model_uses_one_cpu_thread_unless_omp_num_threads_is_set(device, set_by_user, size, threads, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if set_by_user:
+        monkeypatch.setenv("OMP_NUM_THREADS", set_by_user)
+    used = [4]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: used[-1])
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    start = DeviceConfig(torch.device(device), torch.float32, f"{device} (4 threads, auto-selected), float32")
+    found = limit_threads(start, torch.nn.Linear(1, size, bias=False, device="meta"))
+    assert used[-1] == threads
+    assert found == start if threads == 4 else found.reason == (
+        "cpu (1 thread of 4 because the model is small, auto-selected), float32")
+
+
+def test_training_restores_the_signal_handler_and_works_in_other_threads():
     before = signal.getsignal(signal.SIGINT)
-    train(tiny_gpt(), Toy(), train_config(), CPU, run(None))
+    train(tiny_gpt(), Toy(), train_config(), CPU, run_folder())
     assert signal.getsignal(signal.SIGINT) is before
-    there = run(None)
+    there = run_folder()
     thread = threading.Thread(target=lambda: train(tiny_gpt(), Toy(), train_config(), CPU, there))
     thread.start()
     thread.join()

@@ -1,4 +1,4 @@
-"""A base of one's own: trained once, kept, guarded, and how far it has come from its random start."""
+"""A base model is pretrained once, kept and guarded; and how far its weights are from their random initialization."""
 
 from dataclasses import replace
 
@@ -8,32 +8,34 @@ import torch
 from svmini import GPT, GPTConfig
 from svmini.errors import InputError
 from svmini.training import pretrain
-from toy import CPU, Toy, same, train_config, tiny_gpt, token_loss, walk
+from toy import CPU, Toy, same, tiny_gpt, token_loss, train_config, walk
 
-TRAIN_CONFIG = train_config(steps=6)
+CONFIG = train_config(steps=6)
 
 
-def test_a_base_is_kept_reused_and_guarded(tmp_path, capsys):
+def test_a_base_model_is_kept_and_reused_only_with_the_same_run_config(tmp_path, capsys):
     metadata = {"data": "walk", "tokenizer": ["00"]}
-    first, said = pretrain.pretrain(tiny_gpt(0.2), Toy(), TRAIN_CONFIG, CPU, tmp_path, metadata)
-    assert said["tokenizer"] == ["00"] and said["published"] is False
-    assert said["metric"] == token_loss(first.eval(), *walk(16, "test", 0)).item()
+    first, measured = pretrain.pretrain(tiny_gpt(0.2), Toy(), CONFIG, CPU, tmp_path, metadata)
+    assert measured["tokenizer"] == ["00"] and measured["published"] is False
+    assert measured["metric"] == token_loss(first.eval(), *walk(16, "test", 0)).item()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "model.pt"]
     assert "pretraining on walk" in capsys.readouterr().out
-    no_task = Toy(batch=None)
-    again, its = pretrain.pretrain(tiny_gpt(0.2, seed=9), no_task, TRAIN_CONFIG, CPU, tmp_path, metadata)   # without resume
-    assert same(dict(again.state_dict()), dict(first.state_dict())) and its == said
-    assert f"model.pt, kept from an earlier run: {said['result']}" in capsys.readouterr().out
+    untrained = Toy(batch=None)
+    (tmp_path / "last.pt.0123abcd.tmp").write_text("left by a killed write")
+    again, kept = pretrain.pretrain(tiny_gpt(0.2, seed=9), untrained, CONFIG, CPU, tmp_path, metadata)
+    assert same(dict(again.state_dict()), dict(first.state_dict())) and kept == measured
+    assert f"model.pt, from an earlier run: {measured['result']}" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "model.pt"]
     half = replace(CPU, dtype=torch.bfloat16)
-    pretrain.pretrain(tiny_gpt(0.2), no_task, TRAIN_CONFIG, half, tmp_path, metadata)   # another card's dtype
-    for s, model, task, word in ((replace(TRAIN_CONFIG, steps=13), tiny_gpt(0.2), Toy(), "steps was 6 and is 13"),
-                                 (TRAIN_CONFIG, tiny_gpt(0.1), Toy(), "model.dropout was"),
-                                 (TRAIN_CONFIG, tiny_gpt(0.2), Toy(data_config={"data": "x"}), "data was 'walk' and is 'x'")):
-        with pytest.raises(InputError, match=f"another run config: {word}.*--out"):
-            pretrain.pretrain(model, task, s, CPU, tmp_path, metadata)
+    pretrain.pretrain(tiny_gpt(0.2), untrained, CONFIG, half, tmp_path, metadata)   # the dtype of another device
+    for config, dropout, data, difference in (
+            (replace(CONFIG, steps=13), 0.2, "walk", "steps was 6 and is 13"), (CONFIG, 0.1, "walk", "model.dropout was"),
+            (CONFIG, 0.2, "x", "data was 'walk' and is 'x'")):
+        with pytest.raises(InputError, match=f"another run config: {difference}.*--out"):
+            pretrain.pretrain(tiny_gpt(dropout), Toy(data_config={"data": data}), config, CPU, tmp_path, metadata)
 
 
-def test_how_far_a_base_has_come_from_noise():
+def test_weight_stats_tell_random_weights_from_trained_ones():
     torch.manual_seed(0)
     model = GPT(GPTConfig(7, 8, 1, 2, 64))
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -43,5 +45,5 @@ def test_how_far_a_base_has_come_from_noise():
         for name, p in model.named_parameters():
             if p.dim() == 2:
                 p.copy_(torch.outer(torch.randn(p.shape[0]), torch.randn(p.shape[1])))
-    learned = pretrain.weight_stats(model, start)
-    assert learned["energy"] == pytest.approx(1) and abs(learned["cosine"]) < 0.1
+    trained = pretrain.weight_stats(model, start)
+    assert trained["energy"] == pytest.approx(1) and abs(trained["cosine"]) < 0.1

@@ -1,4 +1,4 @@
-"""Tables on rows made by hand, whose means, spreads and differences a reader can work out; the files; the picture."""
+"""Tables of rows made by hand, whose means, deviations and differences a reader can work out; the files; the plot."""
 
 import json
 import platform
@@ -9,106 +9,132 @@ import torch
 
 from svmini.training import compare, report
 
-ACCURACY, SHARE = "accuracy (higher is better)", "gap recovered"
+ACCURACY, GAP, DELTA = "accuracy (higher is better)", "gap recovered", "Δ vs lora:rank=8 (paired)"
 
 
-def row(method, metric, seed=0, **more):
-    """A row as compare makes it, with numbers that are easy to recognise."""
-    return {"method": method, "trainable_params": 1000, "head_params": 0, "trainable_percent": 12.5, "metric": metric, "metric_name": "accuracy",
-            "higher_is_better": True, "gap_recovered": None, "seconds": 2.0, "ms_per_step": 5.0, "peak_mb": None,
-            "adapter_bytes": 4_000, "seed": seed, "lr": 1e-3, "sample": ["of it"], **more}
+def row(method, metric, seed=0, **changes):
+    """Return a row as compare makes it."""
+    return {"method": method, "trainable_params": 1000, "head_params": 0, "trainable_percent": 12.5, "metric": metric,
+            "metric_name": "accuracy", "higher_is_better": True, "gap_recovered": None, "seconds": 2.0,
+            "ms_per_step": 5.0, "peak_mb": None, "adapter_bytes": 4_000, "seed": seed, "lr": 1e-3, "sample": ["a"],
+            **changes}
 
 
 def cells(lines, method):
-    """{column: cell} of one line of the table."""
+    """Return {column: cell} of one line of a table."""
     table = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
     return dict(zip(table[0], next(r for r in table if r[0] == method)))
+
+
+def filled(rows):
+    compare.fill_gap_recovered(rows)
+    return rows
 
 
 THREE_SEEDS = [row(m, x, seed) for seed, metrics in enumerate([(50, 90, 80, 82), (52, 92, 81, 85), (54, 94, 85, 88)])
                for m, x in zip(("head", "full", "lora:rank=8", "svfit"), metrics)]
 
 
-def test_means_spreads_and_paired_differences():
-    table = {t["method"]: t for t in report.summarise(THREE_SEEDS)}
+def test_means_deviations_and_paired_differences_of_seeds():
+    table = {t["method"]: t for t in report.summarize(THREE_SEEDS)}
     assert list(table) == ["head", "full", "lora:rank=8", "svfit"]
     assert table["svfit"]["metrics"] == [82, 85, 88]
-    assert table["svfit"]["differences"] == [2, 4, 3], "seed by seed, not difference of sorted values"
+    assert table["svfit"]["differences"] == [2, 4, 3], "seed by seed"
     lines = report.table_lines(THREE_SEEDS)
     svfit, lora, head = (cells(lines, spec) for spec in ("svfit", "lora:rank=8", "head"))
-    assert svfit[ACCURACY] == "85.0 ± 3.0"                                  # mean of 82 85 88, n - 1 below
-    assert svfit["Δ vs lora:rank=8 (paired)"] == "+3.0 ± 1.0"               # mean of 2 4 3
-    assert head["Δ vs lora:rank=8 (paired)"] == "-30.0 ± 1.0" and lora["Δ vs lora:rank=8 (paired)"] == "-"
+    assert svfit[ACCURACY] == "85.0 ± 3.0"            # mean of 82 85 88; the deviation divides by n - 1
+    assert svfit[DELTA] == "+3.0 ± 1.0"               # mean of 2 4 3
+    assert head[DELTA] == "-30.0 ± 1.0" and lora[DELTA] == "-"
     assert svfit["trainable params"] == "1,000" and svfit["ms/step"] == "5.0"
     cost = cells(report.cost_lines(THREE_SEEDS), "svfit")
     assert [cost[c] for c in ("% of base", "lr", "s", "peak MB", "file")] == ["12.50", "0.001", "2.0", "-", "4 kB"]
     assert len({len(line) for line in lines}) == 1 and len(lines) == 6 and len({line.count("|") for line in lines}) == 1
 
 
-def test_one_seed_has_no_spread_and_says_so():
+def test_the_notes_state_the_number_of_seeds_and_the_deviation_over_base_models():
     rows = [r for r in THREE_SEEDS if r["seed"] == 0]
     lines = report.table_lines(rows)
     assert "±" not in "".join(lines) and "paired" not in lines[0]
-    assert report.notes(rows)[0].startswith("one seed: differences under three points")
-    assert "seeds 0, 1, 2" in report.notes(THREE_SEEDS)[0] and "one seed" not in " ".join(report.notes(THREE_SEEDS))
-    rows = [row("zero-shot", 4.0, seed=7, trainable_params=0, adapter_bytes=0, lr=None, ms_per_step=None), row("svfit", 3.0, seed=1)]
-    assert report.notes(rows)[0].startswith("one seed"), "a start row does not count as a seed"
+    first, several = report.notes(rows, "glyphs B")[0], report.notes(THREE_SEEDS, "glyphs B")[0]
+    assert first.startswith("one base model and one seed") and "seeds 0, 1, 2 of one base model" in several
+    assert all(f"standard deviation of {report.BASE_DEVIATION['glyphs B']}" in note for note in (first, several))
+    assert "was not measured on this task" in report.notes(rows, "folder:x")[0]
+    rows = [row("zero-shot", 4.0, seed=7, trainable_params=0, adapter_bytes=0, lr=None, ms_per_step=None),
+            row("svfit", 3.0, seed=1)]
+    assert "one seed" in report.notes(rows, "topics")[0], "the zero-shot row does not count as a seed"
     start = cells(report.cost_lines(rows), "zero-shot")
     assert (start["lr"], start["file"], start["ms/step"]) == ("-", "-", "-")
 
 
-@pytest.mark.parametrize("higher, metrics, shares", [
+def test_an_empty_difference_column_is_explained():
+    rows = [r for r in THREE_SEEDS if r["method"] != "lora:rank=8"]
+    assert cells(report.table_lines(rows), "svfit")[DELTA] == "-"
+    assert any("Δ is empty: it needs the row lora:rank=8" in note for note in report.notes(rows, "x"))
+    assert not any("Δ is empty" in note for note in report.notes(THREE_SEEDS, "x"))
+
+
+@pytest.mark.parametrize("higher, metrics, gaps", [
     (True, {"head": 50, "full": 90, "a": 80, "b": 50, "c": 100, "d": 40}, {"a": 0.75, "b": 0, "c": 1.25, "d": -0.25}),
     (False, {"head": 4.0, "full": 3.0, "a": 3.25, "b": 4.0, "c": 2.75, "d": 4.25},
      {"a": 0.75, "b": 0, "c": 1.25, "d": -0.25})])
-def test_recovered(higher, metrics, shares):
-    rows = [row(m, x, higher_is_better=higher) for m, x in metrics.items()]
-    compare.fill_gap_recovered(rows)
-    assert {r["method"]: r["gap_recovered"] for r in rows} == pytest.approx({"head": 0, "full": 1, **shares})
+def test_gap_recovered(higher, metrics, gaps):
+    rows = filled([row(m, x, higher_is_better=higher) for m, x in metrics.items()])
+    assert {r["method"]: r["gap_recovered"] for r in rows} == pytest.approx({"head": 0, "full": 1, **gaps})
 
 
-def test_recovered_is_by_seed_and_from_the_start_row_where_there_is_no_head():
-    rows = [row(m, x, seed, higher_is_better=False) for m, x, seed in (
-        ("zero-shot", 4.0, 0), ("full", 3.0, 0), ("full", 2.0, 1), ("svfit", 3.5, 0), ("svfit", 3.5, 1))]
-    compare.fill_gap_recovered(rows)
+def test_gap_recovered_is_paired_by_seed_and_starts_at_zero_shot_without_a_head():
+    rows = filled([row(m, x, seed, higher_is_better=False) for m, x, seed in (
+        ("zero-shot", 40, 0), ("full", 30, 0), ("full", 20, 1), ("svfit", 35, 0), ("svfit", 35, 1))])
     assert [r["gap_recovered"] for r in rows[1:]] == [1, 1, 0.5, 0.25]
-    assert cells(report.table_lines(rows), "svfit")[SHARE] == "38 ████······"    # mean of 50 and 25: 37.5
+    assert cells(report.table_lines(rows), "svfit")[GAP] == "38 ████······"    # mean of 50 and 25: 37.5
+    assert "gap recovered: (metric − zero-shot) / (full − zero-shot)" in " ".join(report.notes(rows, "x"))
 
 
-@pytest.mark.parametrize("metrics", [{"head": 50, "svfit": 60}, {"full": 90, "svfit": 60}, {"head": 50, "full": 50},
-                                     {"head": 50, "full": 40, "svfit": 60}, {"head": 50, "full": None, "svfit": 60}])
-def test_recovered_means_nothing_where_full_gained_nothing(metrics):
-    rows = [row(m, x) for m, x in metrics.items()]
-    compare.fill_gap_recovered(rows)
-    assert all(r["gap_recovered"] is None for r in rows)
-    assert cells(report.table_lines(rows), rows[0]["method"])[SHARE] == "-"
+@pytest.mark.parametrize("name, metrics, why", [
+    ("accuracy", {"head": 50, "svfit": 60}, "it needs the row full"),
+    ("accuracy", {"full": 90, "svfit": 60}, "it needs the row head"),
+    ("accuracy", {"svfit": 60}, "it needs the row head and the row full"),
+    ("loss", {"zero-shot": 60, "svfit": 60}, "it needs the row full"),
+    ("accuracy", {"head": 50, "full": 50}, "full fine-tuning improves on head by only 0"),
+    ("accuracy", {"head": 50, "full": 40, "svfit": 60}, "full fine-tuning improves on head by only -10"),
+    ("accuracy", {"head": 50, "full": 54, "svfit": 60}, "full fine-tuning improves on head by only 4"),
+    ("loss", {"zero-shot": 4.0, "full": 3.97, "svfit": 3.9}, "full fine-tuning improves on zero-shot by only 0.03"),
+    ("accuracy", {"head": 50, "full": None, "svfit": 60}, "head or full diverged")])
+def test_an_empty_gap_column_is_explained(name, metrics, why):
+    """Also if the gap between the start and full fine-tuning is too small to divide by."""
+    rows = filled([row(m, x, metric_name=name, higher_is_better=name != "loss") for m, x in metrics.items()])
+    assert cells(report.table_lines(rows), rows[0]["method"])[GAP] == "-"
+    assert any(note.startswith(f"gap recovered is empty: {why}") for note in report.notes(rows, "x"))
 
 
-def test_a_diverged_run_is_no_number():
+def test_a_gap_above_100_or_below_0_is_not_shown_as_if_it_were_exact():
+    rows = filled([row(m, x) for m, x in {"head": 50, "full": 90, "svfit": 91, "svft": 49}.items()])
+    shown = [cells(report.table_lines(rows), m)[GAP][:5] for m in ("head", "full", "svfit", "svft")]
+    assert shown == ["0 ···", "100 █", "> 100", "< 0 ·"]
+
+
+def test_a_diverged_run_is_counted_and_not_averaged():
     failed = row("svfit", None, adapter_bytes=0, ms_per_step=None, failed="svfit: the loss is nan at step 10")
     rows = [row("lora:rank=8", 80, head_params=3354), failed]
     assert cells(report.table_lines(rows), "svfit")[ACCURACY] == "diverged"
-    assert any("svfit, seed 0: svfit: the loss is nan at step 10" in line for line in report.notes(rows))
-    assert any("3,354 numbers more" in line for line in report.notes(rows))
+    assert any("svfit, seed 0: svfit: the loss is nan at step 10" in line for line in report.notes(rows, "x"))
+    assert any("head: 3,354 more parameters" in line for line in report.notes(rows, "x"))
     assert "the loss is nan" in report.line(failed) and "accuracy 80" in report.line(rows[0])
     later = cells(report.table_lines(rows + [row("lora:rank=8", 81, 1), row("svfit", 70, 1)]), "svfit")
-    assert later[ACCURACY] == "70.0" and later["Δ vs lora:rank=8 (paired)"] == "-11.0" and later["ms/step"] == "5.0"
+    assert later[ACCURACY] == "70.0 (1 of 2 diverged)" and later[DELTA] == "-11.0" and later["ms/step"] == "5.0"
 
 
-@pytest.mark.parametrize("got, expected", [
-    *((report.size(n), text) for n, text in ((0, "-"), (1500, "2 kB"), (999000, "999 kB"), (3.3e6, "3.3 MB"))),
-    *((report.bar(share), "█" * n + "·" * (10 - n)) for share, n in ((-1, 0), (0, 0), (0.5, 5), (3, 10)))])
-def test_sizes_and_bars(got, expected):
-    assert got == expected
+@pytest.mark.parametrize("n_bytes, text", [(0, "-"), (1500, "2 kB"), (999000, "999 kB"), (3.3e6, "3.3 MB")])
+def test_file_sizes(n_bytes, text):
+    assert report.size(n_bytes) == text
 
 
-def test_loss_has_three_digits():
+def test_a_loss_has_three_decimals():
     rows = [row("svfit", 3.14159, metric_name="loss", higher_is_better=False)]
     assert cells(report.table_lines(rows), "svfit")["loss (lower is better)"] == "3.142"
-    assert report.notes(rows)[0].startswith("one seed: small differences")
 
 
-def test_tuning_lines():
+def test_sweep_lines_show_divergence_and_edges():
     found = {"a": {"lr": [0.1, 0.2, 0.4], "val": [1.0, None, 3.0], "best": 0.4},
              "b": {"lr": [0.1, 0.2, 0.4], "val": [1.0, 5.0, 3.0], "best": 0.2},
              "c": {"lr": [0.1], "val": [1.0], "best": 0.1}, "d": {"lr": [0.1], "val": [None], "best": None}}
@@ -118,26 +144,34 @@ def test_tuning_lines():
 
 
 def written(out, capsys):
-    rows = [*THREE_SEEDS, row("lora:rank=1", 61), row("zero-shot", 40, trainable_params=0), row("svft", None, failed="nan")]
+    rows = [*THREE_SEEDS, row("lora:rank=1", 61), row("zero-shot", 40, trainable_params=0),
+            row("svft", None, failed="nan")]
     report.write(out, rows, {"task": "größe →", "device": "cpu", "sha256": "ab", "steps": 3}, {"svfit": {"best": 1}})
     return rows, capsys.readouterr().out
 
 
-def test_the_files(tmp_path, capsys):
-    rows, said = written(tmp_path, capsys)
+def test_results_json_and_results_md_contain_the_rows_and_the_table(tmp_path, capsys):
+    rows, printed = written(tmp_path, capsys)
     content = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert content["python"] == platform.python_version() and content["torch"] == torch.__version__
     assert (content["device"], content["sha256"], content["lr_sweep"]) == ("cpu", "ab", {"svfit": {"best": 1}})
     assert content["rows"] == [{k: v for k, v in r.items() if k != "sample"} for r in rows]
     lines = (tmp_path / "results.md").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "# größe →" and "- steps: 3" in lines and "- svft, seed 0: nan" in lines
-    first = [line for line in lines if line.startswith("|")]
-    assert cells(first, "svfit")[ACCURACY] == "85.0 ± 3.0" and all(line in said for line in report.table_lines(rows))
-    assert [line for line in first if "% of base" in line], "and a second table, of rates and costs"
+    table = [line for line in lines if line.startswith("|")]
+    assert cells(table, "svfit")[ACCURACY] == "85.0 ± 3.0"
+    assert all(line in printed for line in report.table_lines(rows))
+    assert [line for line in table if "% of base" in line], "the second table: learning rates and costs"
 
 
-def test_the_picture(tmp_path, capsys, monkeypatch):
-    """One curve a method, its points joined in the order of their numbers; what trains nothing is a line."""
+def test_the_reports_are_written_before_they_are_printed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("builtins.print", lambda *a: (_ for _ in ()).throw(BrokenPipeError()))
+    with pytest.raises(BrokenPipeError):
+        written(tmp_path, capsys)
+    assert {"results.json", "results.md"} <= {p.name for p in tmp_path.iterdir()}
+
+
+def test_the_plot_has_a_curve_per_method_and_a_line_for_what_trains_nothing(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     from matplotlib.axes import Axes
     curves, levels, curve, level = {}, [], Axes.errorbar, Axes.axhline
@@ -145,21 +179,21 @@ def test_the_picture(tmp_path, capsys, monkeypatch):
         curves.update({k["label"]: (x, y, k["yerr"], k["color"])}), curve(self, x, y, **k))[1])
     monkeypatch.setattr(Axes, "axhline", lambda self, y, **k: (levels.append(y), level(self, y, **k))[1])
     before = "matplotlib.pyplot" in sys.modules
-    _, said = written(tmp_path, capsys)
-    assert "results.png" in said and (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+    _, printed = written(tmp_path, capsys)
+    assert "results.png" in printed and (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
     assert curves["lora"][:3] == ((1000, 1000), (61, 82), (0, pytest.approx(2.6457513))) and levels == [40]
     assert curves["svfit"][:3] == ((1000,), (85,), (3.0,)) and "svft" not in curves
-    assert len({colour for *_, colour in curves.values()}) == len(curves)
-    assert ("matplotlib.pyplot" in sys.modules) == before, "a notebook's train_config stay"
+    assert len({color for *_, color in curves.values()}) == len(curves)
+    assert ("matplotlib.pyplot" in sys.modules) == before, "the settings of a notebook stay"
     assert report.plot(tmp_path / "b.png", [row("head", 40, trainable_params=0)]) and (tmp_path / "b.png").is_file()
     names = {"svft:pattern=topk@query": "svft pattern topk", "svft:off_diagonals=8": "svft",
              "svft:pattern=random,off_diagonals=8": "svft pattern random", "lora:init=pissa": "lora init pissa"}
     assert list(map(report.family, names)) == list(names.values())
 
 
-def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path, capsys, monkeypatch):
+def test_without_matplotlib_one_line_says_how_to_install_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)   # makes the import fail
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    _, said = written(tmp_path, capsys)
-    assert said.splitlines()[-1] == "for a picture of the table: pip install matplotlib"
-    assert "results.png" not in said and sorted(p.name for p in tmp_path.iterdir()) == ["results.json", "results.md"]
+    _, printed = written(tmp_path, capsys)
+    assert printed.splitlines()[-1] == "for a plot of the table: pip install matplotlib"
+    assert "results.png" not in printed and sorted(p.name for p in tmp_path.iterdir()) == ["results.json", "results.md"]

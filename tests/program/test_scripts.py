@@ -1,5 +1,6 @@
-"""Both scripts from their command line to their files, with few steps and little data."""
+"""Both scripts from the command line to their files, with few steps and little data."""
 
+import io
 import json
 import math
 import os
@@ -16,9 +17,9 @@ import torch
 import train_gpt
 import train_vit
 from little import call, little, read, rows   # noqa: F401  little is a fixture
-from svmini import GPT, METHODS, ViT, load_adapter
-from svmini.data.images import ImageClassification
+from svmini import GPT, METHODS, ViT, analyze, load_adapter
 from svmini.data.arithmetic import Arithmetic
+from svmini.data.images import ImageClassification
 from svmini.methods import canonical_spec
 from svmini.methods.lora import LoRA
 from svmini.model_file import load_model
@@ -26,9 +27,10 @@ from svmini.training import compare, pretrain
 from toy import assert_same_folder, log_of
 
 ROOT = Path(__file__).resolve().parents[2]
-ROW = {"method", "trainable_params", "head_params", "trainable_percent", "metric", "metric_name", "higher_is_better", "gap_recovered", "seconds",
-       "ms_per_step", "peak_mb", "adapter_bytes", "seed", "lr"}
-# name: script, its flags, what stands for no adapter, metric, better when higher
+DRAW_BEST = analyze.draw_best   # the fixture little replaces it
+ROW = {"method", "trainable_params", "head_params", "trainable_percent", "metric", "metric_name", "higher_is_better",
+       "gap_recovered", "seconds", "ms_per_step", "peak_mb", "adapter_bytes", "seed", "lr"}
+# name: script, its flags, the row that the gap starts from, metric, whether higher is better
 STORIES = {
     "glyphs": (train_vit, [], "head", "accuracy", True),
     "topics": (train_gpt, [], "zero-shot", "loss", False),
@@ -39,19 +41,23 @@ STORIES = {
 
 @pytest.fixture(scope="module", params=STORIES)
 def story(request, tmp_path_factory, little):
-    """(name, its command, its folder, what it printed) of one quick story each."""
+    """(name, command, folder, output) of one --quick run each."""
     script, flags, *_ = STORIES[request.param]
     out = tmp_path_factory.mktemp("an out folder ü") / request.param
-    argv = [script, "--quick", *(f.replace("PAIRS", str(little / "pairs.jsonl")) for f in flags)]
-    return request.param, argv, out, call(*argv, "--eval-every", 2, "--out", out)
+    argv = [script, "--quick", *(f.replace("PAIRS", str(little / "pairs.jsonl")) for f in flags), "--eval-every", 2]
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "glyphs":
+            patch.setattr(analyze, "draw_best", DRAW_BEST)
+        return request.param, argv, out, call(*argv, "--out", out)
 
 
-def test_the_results_of_a_story(story):
-    name, (script, *_), out, printed = story
+def test_results_json_has_every_row_with_exact_counts(story):
+    name, (script, *_), out, _ = story
     *_, reference, metric, higher = STORIES[name]
     content = read(out)
     assert content["python"] == platform.python_version() and content["torch"] == torch.__version__
-    assert content["device"].startswith("device cpu") and content["steps"] == 4 and content["lr_sweep"] is None
+    assert content["device"] == "cpu (1 thread, set by --device), float32"
+    assert content["steps"] == content["train_config"]["steps"] == 4 and content["lr_sweep"] is None
     assert re.fullmatch("made by the program" if name == "arithmetic" else "[0-9a-f]{64}", content["sha256"])
     found = {row["method"]: row for row in content["rows"]}
     assert list(found) == (["zero-shot"] if reference == "zero-shot" else []) + script.QUICK
@@ -67,11 +73,11 @@ def test_the_results_of_a_story(story):
     assert found["lora:rank=8"]["trainable_params"] == 4 * 8 * 2 * 16 + 2 * 8 * 5 * 16
     assert found["svft:off_diagonals=8"]["trainable_params"] == 6 * (16 * 17 - 8 * 9)
     start, full = found[reference]["metric"], found["full"]["metric"]
-    share = (lambda x: (x - start) / (full - start)) if full != start and (full > start) == higher else lambda x: None
-    assert all(found[spec]["gap_recovered"] == share(found[spec]["metric"]) for spec in script.QUICK)
+    gap = (lambda x: (x - start) / (full - start)) if full != start and (full > start) == higher else lambda x: None
+    assert all(found[spec]["gap_recovered"] == gap(found[spec]["metric"]) for spec in script.QUICK)
 
 
-def test_the_files_of_a_story(story):
+def test_a_run_writes_its_files_and_prints_what_a_reader_needs(story):
     name, (script, *_), out, printed = story
     names = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     expected = {"results.json", "results.md", "pretrain/model.pt", "pretrain/metrics.jsonl"}
@@ -81,78 +87,92 @@ def test_the_files_of_a_story(story):
         expected |= {f"{folder}/{n}" for n in ("metrics.jsonl", "row.json", made)}
         assert [(line["step"], line["split"]) for line in log_of(out / folder)] == [(2, "val"), (4, "val")]
         assert spec in printed and spec in (out / "results.md").read_text(encoding="utf-8")
-    assert "targets: query, key, value, out, up, down, " in printed
+    assert printed.startswith("device: cpu (1 thread, set by --device), float32\n")
+    assert "adapted layers: query, key, value, out, up, down (" in printed
+    assert "Smoke test only: the base model is undertrained, so the ranking means nothing." in printed
     assert names - {"results.png", "analysis.png"} == expected | ({"predictions.png"} if name == "glyphs" else set())
     if name != "glyphs":
         assert "\n--- before ---\n" in printed and "\n--- after, " in printed
     if name == "arithmetic":
         assert re.search(r"\d{3}-\d{3}=\d+  model: ", printed)
     if name == "pairs":
-        assert printed.count("\nModel:") == 4 and "16 pairs to train" in printed
+        assert printed.count("\nModel:") == 4 and "16 pairs in train" in printed
 
 
 def test_the_same_seed_gives_the_same_numbers_and_the_base_is_reused(story, tmp_path):
     name, argv, out, first = story
-    assert "pretraining on" in first and "kept from" not in first
-    before, found = (out / "pretrain" / "model.pt").read_bytes(), rows(out)
-    again = [*argv, "--eval-every", 2, "--out", tmp_path / "again"]
+    assert "pretraining on" in first and "from an earlier run" not in first
+    before = (out / "pretrain" / "model.pt").read_bytes()
+    again = [*argv, "--out", tmp_path / "again"]
     (tmp_path / "again" / "pretrain").mkdir(parents=True)
     (tmp_path / "again" / "pretrain" / "model.pt").write_bytes(before)
     printed = call(*again)
-    assert "kept from an earlier run" in printed and "pretraining on" not in printed
-    assert rows(tmp_path / "again") == found
+    assert "from an earlier run" in printed and "pretraining on" not in printed
+    assert rows(tmp_path / "again") == rows(out)
     assert_same_folder(out / "runs", tmp_path / "again" / "runs")
-    if name == "glyphs":   # the base too, once
-        call(*argv, "--eval-every", 2, "--out", tmp_path / "anew")
-        assert_same_folder(tmp_path / "anew" / "runs", out / "runs")
+    if name == "glyphs":   # and once with a base model of its own
+        call(*argv, "--out", tmp_path / "new")
+        assert_same_folder(tmp_path / "new" / "runs", out / "runs")
     assert (tmp_path / "again" / "pretrain" / "model.pt").read_bytes() == before
 
 
-def test_a_finished_story_is_not_made_again_with_resume(story, monkeypatch):
+def test_resume_reuses_finished_rows_and_repeats_a_run_whose_adapter_was_deleted(story, monkeypatch):
     name, argv, out, _ = story
-    before = read(out)["rows"]
-    monkeypatch.setattr(compare, "train", lambda *a, **k: pytest.fail("a run was made again"))
-    argv = [*argv, "--eval-every", 2, "--resume", "--out", out]
+    before, argv = read(out)["rows"], [*argv, "--resume", "--out", out]
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "train", lambda *a, **k: pytest.fail("a run was repeated"))
+        call(*argv)
+        assert read(out)["rows"] == before
+        assert "batch_size was" in call(*argv, "--batch-size", 3, code=2)
+    (compare.run_path(out, "svft:off_diagonals=8", 0) / "adapter.pt").unlink()
+    expected = rows(out)
     call(*argv)
-    assert read(out)["rows"] == before
-    assert "batch_size was" in call(*argv, "--batch-size", 3, code=2)
+    assert rows(out) == expected and (compare.run_path(out, "svft:off_diagonals=8", 0) / "adapter.pt").is_file()
 
 
-def test_what_was_kept_gives_back_its_row_and_is_a_base(story, tmp_path):
-    """The adapter is loaded on the base, full's model as --init: its start row is what full reached."""
+def test_the_written_files_reproduce_their_rows(story, tmp_path):
+    """The adapter loads on the base model; the fully fine-tuned model as --init has the metric of its row."""
     name, argv, out, _ = story
     kind, full = ViT if name == "glyphs" else GPT, out / "runs" / "full-seed0" / "model.pt"
     model = load_model(out / "pretrain" / "model.pt", kind)[0]
-    model = load_adapter(model.reset_classifier(26) if name == "glyphs" else model, out / "runs/lora_rank=8-seed0/adapter.pt")
+    model = load_adapter(model.reset_classifier(26) if name == "glyphs" else model,
+                         out / "runs/lora_rank=8-seed0/adapter.pt")
     assert model.adaptation["method"] == "lora" and model.adaptation["options"]["rank"] == 8
-    flags = [argv[0], *argv[2:], "--init", full, "--methods", "lora:rank=1", "--steps", 1, "--out", tmp_path]
-    assert "pretraining" not in call(*flags)
+    flags = [*argv, "--init", full, "--methods", "lora:rank=1", "--steps", 1, "--out", tmp_path]
+    printed = call(*flags)
+    assert "pretraining" not in printed and "gap recovered is empty: it needs the row" in printed
     found = {row["method"]: row["metric"] for row in rows(out)}
     assert name == "glyphs" or rows(tmp_path)[0]["metric"] == found["full"]
+    assert rows(tmp_path)[-1]["method"] == "lora:rank=1", "--quick accepts --methods"
     assert {"published": False, "data": read(out)["task"]}.items() <= read(tmp_path)["base"].items()
-    assert "result" not in read(tmp_path)["base"], "what is said of the base it was made of"
+    assert "result" not in read(tmp_path)["base"], "it describes the base model of the base model"
 
 
-def test_seeds_and_tuning(little, tmp_path, monkeypatch):
-    """Each seed has its batches, all the rates tuned at the first; --targets and the head's rate reach the runs."""
+def best_is_largest(spec, base, task, config, device):
+    """Replace compare.validation_score, so that the larger learning rate is the better one."""
+    return config.lr
+
+
+def test_seeds_sweep_targets_and_head_lr_reach_the_runs(little, tmp_path, monkeypatch):
+    """Each seed has its own batches; all seeds use the learning rates that the first one chose."""
     specs = ["head", "full", "svfit", "lora:rank=8@up"]
     argv = [train_vit, "--methods", *specs, "--seeds", 2, "--seed", 5, "--lr-sweep", 2, "--targets", "query,value",
             "--head-lr", 0.02, "--out", tmp_path]
-    monkeypatch.setattr(compare, "validation_score", lambda spec, lr, *a: lr)   # the larger is the better one
+    monkeypatch.setattr(compare, "validation_score", best_is_largest)
     printed = call(*argv)
     content, (head, full, svfit, lora) = read(tmp_path), ["head", "full", "svfit@query,value", "lora:rank=8@up"]
     assert [(r["method"], r["seed"]) for r in content["rows"]] == [
         (w, s) for s in (5, 6) for w in (head, full, svfit, lora)]
     assert list(content["lr_sweep"]) == [head, full, svfit, lora]
     tuned = train_vit.LEARNING_RATES["glyphs"]
-    for spec, first in ((head, tuned["head"]), (full, tuned["full"]), (svfit, tuned["svfit"]), (lora, LoRA.lr)):
+    for spec, first in ((head, 0.02), (full, tuned["full"]), (svfit, tuned["svfit"]), (lora, LoRA.lr)):
         found = content["lr_sweep"][spec]
         assert found["lr"] == pytest.approx([first, 2 * first]) and found["best"] == found["lr"][1]
         assert {r["lr"] for r in content["rows"] if r["method"] == spec} == {found["best"]}
         for seed in (5, 6):
             folder = compare.run_path(tmp_path, spec, seed)
             run_config = json.loads((folder / "row.json").read_text(encoding="utf-8"))["run_config"]
-            assert run_config["head_lr"] == (found["best"] if spec == "head" else 0.02) and run_config["seed"] == seed
+            assert run_config["head_lr"] == (0.04 if spec == "head" else 0.02) and run_config["seed"] == seed
             assert run_config["targets"] == {svfit: ["query", "value"], lora: ["up"]}.get(spec, list(ViT.targets))
     assert log_of(compare.run_path(tmp_path, "full", 5)) != log_of(compare.run_path(tmp_path, "full", 6))
     assert "mean ± standard deviation over seeds 5, 6" in printed and "learning rates by accuracy" in printed
@@ -160,16 +180,16 @@ def test_seeds_and_tuning(little, tmp_path, monkeypatch):
     line = next(x for x in (tmp_path / "results.md").read_text("utf-8").splitlines() if x.startswith("| full"))
     assert f"{statistics.mean(metrics):.1f} ± {statistics.stdev(metrics):.1f}" in line
     for module in (compare, pretrain):
-        monkeypatch.setattr(module, "train", lambda *a, **k: pytest.fail("made again"))
+        monkeypatch.setattr(module, "train", lambda *a, **k: pytest.fail("a run was repeated"))
     call(*argv, "--resume")
     assert read(tmp_path) == content
 
 
 @pytest.mark.parametrize("script, task, flags", [(train_gpt, Arithmetic, ["--data", "arithmetic"]),
                                                  (train_vit, ImageClassification, ["--data", "glyphs"])])
-def test_what_an_older_command_left_is_not_met_by_resume(script, task, flags, tmp_path, monkeypatch):
-    """Begun anew with other train_config and stopped: the same command with --resume goes on."""
-    argv = [script, *flags, "--methods", "full", "svfit", "--lr-sweep", 1, "--out", tmp_path]
+def test_resume_ignores_what_an_earlier_command_left(script, task, flags, tmp_path, monkeypatch):
+    """A run that starts again with other settings and is stopped resumes with its own settings."""
+    argv = [script, *flags, "--methods", "svfit", "--lr-sweep", 1, "--out", tmp_path]
     call(*argv)
     batch, asked = task.batch, []
 
@@ -179,7 +199,7 @@ def test_what_an_older_command_left_is_not_met_by_resume(script, task, flags, tm
             raise KeyboardInterrupt
         return batch(self, *key)
 
-    for stop in (2, 9):   # in the first tuning run, in the first run
+    for stop in (2, 5):   # in the sweep, in the run
         asked.clear()
         monkeypatch.setattr(task, "batch", interrupted)
         assert "--resume" in call(*argv, "--steps", 3, "--batch-size", stop, code=130)
@@ -188,14 +208,17 @@ def test_what_an_older_command_left_is_not_met_by_resume(script, task, flags, tm
 
 
 class Late(LoRA):
-    """A method dropped in, with an example that fits no layer."""
+    """A new method, with an example that fits no layer."""
     examples, lr = ("rank=2", "rank=3@up", "rank=999"), 0.125
 
 
 @pytest.mark.parametrize("name", ["glyphs", "arithmetic"])
-def test_all_has_every_example_also_of_a_method_dropped_in(name, tmp_path, monkeypatch):
+def test_methods_all_runs_every_example_also_of_a_new_method(name, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "late", Late)
     script, flags, *_ = STORIES[name]
+    if name == "arithmetic":   # what is run, without running it
+        monkeypatch.setattr(compare, "run", lambda spec, base, task, config, *a, **k: compare.empty_row(
+            spec, task, config.seed, config.lr, {"adapter": 1, "head": 0}, base) | {"metric": 1.0})
     printed = call(script, "--methods", "all", *flags, "--steps", 1, "--out", tmp_path)
     found = {r["method"]: r for r in read(tmp_path)["rows"] if r["method"] != "zero-shot"}
     done = list(map(canonical_spec, found))
@@ -203,28 +226,39 @@ def test_all_has_every_example_also_of_a_method_dropped_in(name, tmp_path, monke
     for method, cls in METHODS.items():
         for spec in (f"{method}:{example}".rstrip(":") for example in cls.examples):
             assert (canonical_spec(spec) in done) == (spec != "late:rank=999"), spec
-    assert "left out: late:rank=999: late does not fit blocks.0.attention.query (16x16)" in printed
+    assert "skipped: late:rank=999: late does not fit blocks.0.attention.query (16x16)" in printed
     assert (found["late:rank=2"]["lr"], found["late:rank=3@up"]["lr"]) == (0.125, 0.125)
 
 
-def test_a_diverged_method_is_shown_and_the_next_goes_on(tmp_path):
-    argv = [train_gpt, "--data", "arithmetic", "--methods", "full", "svfit", "--lr", 1e30, "--steps", 12]
-    printed = call(*argv, "--out", tmp_path)
+def test_if_every_run_diverges_the_exit_code_is_1_after_the_table(tmp_path, capsys):
+    argv = ["--data", "arithmetic", "--methods", "full", "svfit", "--lr", "1e30", "--steps", "12"]
+    assert train_gpt.main([*argv, "--device", "cpu", "--out", str(tmp_path)]) == 1
     assert [(r["method"], r["metric"]) for r in rows(tmp_path)[1:]] == [("full", None), ("svfit", None)]
-    cells = [line for line in printed.splitlines() if line.startswith("|") and "diverged" in line]
-    assert len(cells) == 2 and "try a lower --lr" in printed and "nan |" not in printed
+    printed, error = capsys.readouterr()
+    lines = [line for line in printed.splitlines() if line.startswith("|") and "diverged" in line]
+    assert len(lines) == 2 and "try a lower --lr" in printed and "nan |" not in printed
+    assert error == "error: every run diverged: try a lower --lr\n"
 
 
-def test_a_real_process(tmp_path):
-    """From another working directory: a bad flag is one line and exit code 2."""
+def test_a_stdout_that_is_not_utf_8_loses_characters_and_no_results(tmp_path, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    out = tmp_path / "ü"
+    assert train_vit.main(["--methods", "svfit", "--steps", "1", "--device", "cpu", "--out", str(out)]) == 0
+    stream.flush()
+    printed = stream.buffer.getvalue().decode("ascii")
+    assert f"{tmp_path / '?'}" in printed and {"results.json", "results.md"} <= {p.name for p in out.iterdir()}
+
+
+def test_a_bad_flag_in_a_process_of_its_own_is_one_line_with_code_2(tmp_path):
     bad = subprocess.run([sys.executable, str(ROOT / "train_vit.py"), "--lr", "0"], cwd=tmp_path, timeout=120,
                          capture_output=True, encoding="utf-8", env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert bad.returncode == 2 and bad.stdout == "" and not list(tmp_path.iterdir())
     assert len(bad.stderr.splitlines()) == 1 and "--lr" in bad.stderr and "Traceback" not in bad.stderr
 
 
-def test_gpts_runs_take_the_tuned_rates(tmp_path, monkeypatch, little):
-    monkeypatch.setattr(compare, "validation_score", lambda spec, lr, *a: lr)   # the larger is the better one
+def test_the_gpt_script_uses_the_learning_rates_of_its_sweep(tmp_path, monkeypatch, little):
+    monkeypatch.setattr(compare, "validation_score", best_is_largest)
     call(train_gpt, "--data", "arithmetic", "--methods", "svfit", "--steps", 1, "--lr-sweep", 2, "--out", tmp_path)
     found = read(tmp_path)["lr_sweep"]["svfit"]
     assert found["best"] == found["lr"][1] == rows(tmp_path)[1]["lr"]

@@ -1,4 +1,4 @@
-"""What the tests of training share: a task that takes no time, tiny models, Ctrl-C, and what two runs left."""
+"""Shared by the tests of training: a task that takes no time, tiny models, Ctrl-C, and comparisons of run folders."""
 
 import json
 import signal
@@ -8,15 +8,15 @@ import torch.nn.functional as F
 
 from svmini import GPT, GPTConfig, ViT, ViTConfig
 from svmini.rng import generator
-from svmini.training import checkpoint
-from svmini.training.loop import TrainConfig
+from svmini.training.checkpoint import RunFolder
 from svmini.training.device import resolve_device
+from svmini.training.loop import TrainConfig
 
 CPU = resolve_device("cpu")
 
 
 def walk(size, seed, step):
-    """Texts of seven tokens that are a walk of constant step: x and y, (size, 8)."""
+    """Return texts of seven tokens that walk with a constant stride: x and y, (size, 8)."""
     g = generator("walk", seed, step)
     start, stride = torch.randint(7, (2, size, 1), generator=g)
     tokens = (start + stride * torch.arange(9)) % 7             # (size, 9)
@@ -33,7 +33,7 @@ def score(model, split):
 
 
 class Toy:
-    """The task to predict a walk's next token; any of its parts can be changed."""
+    """The task of predicting the next token of a walk. Each of its parts can be replaced."""
     name, metric, higher_is_better = "walk", "loss", False
 
     def __init__(self, **changes):
@@ -52,12 +52,23 @@ def tiny_vit(classes=3):
     return ViT(ViTConfig(4, 2, 1, classes, 1, 2, 8))
 
 
+def image_task(**changes):
+    """Return a task of four random images for tiny_vit."""
+    x, y = torch.randn(4, 1, 4, 4), torch.tensor([0, 1, 2, 0])
+    return Toy(**{"batch": lambda *key: (x, y), "loss": lambda m, x, y: F.cross_entropy(m(x), y),
+                  "evaluate": lambda m, split: {"loss": None, "metric": 1.0}, **changes})
+
+
 def train_config(**changes):
     return TrainConfig(**{"steps": 12, "lr": 1e-2, "batch_size": 4, "seed": 3, **changes})
 
 
+def run_folder(folder=None, resume=False, run_config=None, eval_every=3, save_every=5):
+    return RunFolder(folder, run_config or {}, resume, save_every, eval_every)
+
+
 def interrupt_at(step, stage="batch"):
-    """A toy that gets Ctrl-C while it makes the batch of a step (0-based), or at its n-th evaluation (from 1)."""
+    """Return a toy that gets Ctrl-C while it makes the batch of a step (from 0), or in its n-th evaluation (from 1)."""
     evaluations = []
 
     def batch(size, seed, now):
@@ -74,12 +85,8 @@ def interrupt_at(step, stage="batch"):
     return Toy(batch=batch, evaluate=evaluate)
 
 
-def run(folder, resume=False, run_config=None, eval_every=3, save_every=5):
-    return checkpoint.RunFolder(folder, run_config or {}, resume, save_every, eval_every)
-
-
 def same(a, b):
-    """Equal to the last bit: dicts, lists, tensors and plain values."""
+    """Whether dicts, lists, tensors or plain values are equal to the last bit."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):
@@ -88,7 +95,7 @@ def same(a, b):
 
 
 def assert_same_folder(a, b):
-    """Two folders hold the same: every tensor and plain value, every line, but for what the clock says."""
+    """Assert that two folders have the same files with the same tensors, values and lines, except for times."""
     names = {str(p.relative_to(a)) for p in a.rglob("*") if p.is_file()}
     assert names and names == {str(p.relative_to(b)) for p in b.rglob("*") if p.is_file()}
     for name in names:
@@ -102,7 +109,7 @@ def assert_same_folder(a, b):
 
 
 def timeless(row):
-    """A row without what the clock says."""
+    """Return a row without the times that were measured."""
     return {key: value for key, value in row.items() if key not in ("seconds", "ms_per_step")}
 
 
