@@ -121,7 +121,7 @@ def planted(place):
 @graded
 def test_caught(caught, spec="svft:off_diagonals=3"):
     checks = {"start": lambda: test_contract.run(test_contract.check_start, spec, None),
-              "two roads": lambda: test_contract.run(test_contract.check_two_roads, spec, None),
+              "two roads": lambda: test_contract.run(test_contract.check_two_paths, spec, None),
               "finite differences": lambda: test_gradients.check_layer(spec),
               "closed form": lambda: test_gradients.test_closed_form(spec)}
     for place in ("forward", "weight", "core"):

@@ -1,55 +1,68 @@
-"""bf16 and fp16 base layers: frozen tensors in the base's dtype, parameters in float32, the base itself at the start."""
-
-import copy
+"""What bf16 and fp16 round, as dtypes of the base layer and of autocast, and what they do not."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from layers import assert_close, linear, move, shapes_of, specs, tokens
+from layers import TOKENS, adapter, fits, linear, shapes_of, specs, tokens
 from svmini import METHODS
 from svmini.methods import parse_spec
 
-HALF = {torch.bfloat16: 2.0 ** -8, torch.float16: 2.0 ** -11}   # half a unit in the last place of 1
+HALF = (torch.bfloat16, torch.float16)
+OURS = [spec for spec in specs() if METHODS[parse_spec(spec)[0]].__module__.startswith("svmini.")]
 
 
-def half_layer(spec, shape, dtype):
-    method, options, _ = parse_spec(spec)
-    torch.manual_seed(0)
-    return METHODS[method](linear(shape, dtype), **options)
+@pytest.mark.parametrize("dtype", (torch.float32, *HALF), ids=str)
+def test_parameters_are_never_rounded(dtype):
+    layer = adapter("lora:rank=2", linear(dtype=torch.float32).to(dtype))
+    for lower in (layer.half, layer.bfloat16, lambda: layer.to(torch.bfloat16)):
+        with pytest.raises(ValueError, match="autocast"):
+            lower()
+    torch.set_default_dtype(torch.bfloat16)                     # must not matter
+    try:
+        layer.to("cpu")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert layer.A.dtype == torch.float32 and layer.W0.dtype == layer.bias.dtype == dtype
+    assert {t.dtype for t in (*layer.double().state_dict().values(), layer.weight)} == {torch.float64}
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("spec", specs())
-def test_a_half_precision_layer_starts_as_the_base_and_trains_in_float32(spec, dtype):
+@pytest.mark.parametrize("spec", [spec for spec in OURS if "pissa" not in spec])
+def test_a_half_precision_layer_starts_as_its_base_bit_for_bit(spec, dtype):
+    """W0 + 0 is exact. Not so PiSSA, whose residual is rounded, and DoRA's output, which gets its bias after rounding."""
     for shape in shapes_of(spec):
-        base, layer = linear(shape, dtype), half_layer(spec, shape, dtype)
-        frozen = [t for name, t in layer.named_buffers() if name in layer.frozen and t.dim() == 2]
-        assert layer.base_dtype == dtype and frozen and all(t.dtype == dtype for t in frozen)
-        assert all(p.dtype == torch.float32 for p in layer.parameters())
-        for T in (3, 200):                                      # few and many tokens take different orders of products
+        base = linear(shape, torch.float32).to(dtype)
+        layer = adapter(spec, base)
+        assert torch.equal(layer.weight, base.weight.float())
+        for T in (0, *TOKENS):
             x = tokens(T, shape[1], dtype)
-            y = layer(x)
-            assert y.dtype == dtype
-            if "pissa" in spec or spec.startswith("dora"):      # a rounded residual; a bias that is added after m / ‖V‖
-                assert_close(y, base(x), 4 * HALF[dtype])
+            assert torch.equal(layer(x), base(x)) or (spec.startswith("dora:") and T > 0)
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 1.5e-3), (torch.float16, 2e-4)], ids=str)
+def test_the_rounded_residual_of_pissa_changes_the_weight_little(dtype, error):
+    base = linear((96, 96), torch.float32).to(dtype)
+    off = adapter("lora:rank=8,init=pissa", base).weight - base.weight
+    assert 0 < off.norm() < error * base.weight.norm()
+
+
+@pytest.mark.parametrize("T", (64, 400))
+def test_autocast_costs_no_more_precision_than_stated(T):
+    """The output error of a layer under bf16 autocast, next to that of the base layer. Only these methods round more:
+    SVFit and SVFT if factors replace W0 (each is rounded), PiSSA (W_res and B A), DoRA (before m and the bias)."""
+    base, x = linear((128, 128), torch.float32), tokens(T, 128, torch.float32)
+    exact = F.linear(x.double(), base.weight.double(), base.bias.double())
+
+    def output(layer):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return layer(x)
+
+    own = (output(base) - exact).norm()
+    for spec in OURS:
+        if fits(spec, (128, 128)):
+            layer = adapter(spec, base)
+            if "pissa" in spec or spec.startswith("dora") or layer.W0 is None:
+                assert (output(layer) - exact).norm() <= 1.55 * own, spec
             else:
-                assert torch.equal(y, base(x))
-        W = layer.weight.to(dtype)
-        assert torch.equal(W, base.weight) if "pissa" not in spec else (W - base.weight).abs().max() <= 2 * HALF[dtype]
-        before = [p.detach().clone() for p in move(layer).parameters()]
-        layer(tokens(30, shape[1], dtype)).float().square().mean().backward()
-        torch.optim.AdamW(layer.parameters(), lr=1e-2, weight_decay=0).step()
-        assert all((p != b).all() for p, b in zip(layer.parameters(), before))
-
-
-@pytest.mark.parametrize("spec", specs())
-def test_gradients_of_a_bf16_layer_equal_exact_ones_up_to_rounding(spec):
-    for shape in shapes_of(spec):
-        half = move(half_layer(spec, shape, torch.bfloat16))
-        exact = copy.deepcopy(half).double()                    # the same frozen tensors and parameters
-        for T in (20, 200):
-            x, y = tokens(T, shape[1], torch.bfloat16), tokens(T, shape[0], torch.bfloat16, 3)
-            got = torch.autograd.grad((half(x) * y).sum(), list(half.parameters()))
-            expected = torch.autograd.grad((exact(x.double()) * y.double()).sum(), list(exact.parameters()))
-            for a, b in zip(got, expected):
-                assert (a - b).norm() <= 0.03 * b.norm(), f"off by {((a - b).norm() / b.norm()).item():.1e}"
+                assert torch.equal(output(layer), output(base)), spec

@@ -1,4 +1,4 @@
-"""The thin SVD that methods share; which order of products is taken; and that both ignore the mode they run in."""
+"""The thin SVD that methods share, the order of products, and that neither depends on the mode they run in."""
 
 from collections import OrderedDict
 
@@ -30,8 +30,8 @@ def test_thin_svd(shape, dtype, eps):
 
 
 @pytest.mark.parametrize("flip", (-1.0, 1.0))
-def test_signs_do_not_depend_on_what_lapack_returns(flip, monkeypatch):
-    """Another device_config's library may return any of the signs."""
+def test_signs_do_not_depend_on_lapack(flip, monkeypatch):
+    """The library of another machine may return any of the signs."""
     W, svd = linear("tall").weight, torch.linalg.svd
     expected = thin_svd(W)
 
@@ -45,7 +45,7 @@ def test_signs_do_not_depend_on_what_lapack_returns(flip, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(thin_svd(W), expected))
 
 
-def test_a_weight_is_decomposed_once_and_after_that_not_again(monkeypatch):
+def test_a_weight_is_decomposed_once(monkeypatch):
     calls, svd = [], torch.linalg.svd
     monkeypatch.setattr(svmini.methods.svd, "_cache", OrderedDict())
     monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: calls.append(1) or svd(*a, **k))
@@ -56,7 +56,7 @@ def test_a_weight_is_decomposed_once_and_after_that_not_again(monkeypatch):
     for spec in ("svfit:", "svfit:energy=0.9", "svft:", "svft:rank=3,off_diagonals=1", "lora:init=pissa"):
         layer_of(spec, "wide")
     assert len(calls) == 1
-    clear_svd_cache()                                                # as in another process
+    clear_svd_cache()                                                # as in a new process
     assert all(torch.equal(a, b) for a, b in zip(first, thin_svd(base.weight))) and len(calls) == 2
     assert thin_svd(base.weight.float())[0].dtype == torch.float32 and len(calls) == 3
     thin_svd(base.weight.view(24, 16))                      # the same bytes in another shape
@@ -66,7 +66,7 @@ def test_a_weight_is_decomposed_once_and_after_that_not_again(monkeypatch):
     assert len(calls) == 5
 
 
-def test_the_cache_is_bounded_and_keeps_what_was_used_last(monkeypatch):
+def test_the_cache_is_bounded_and_keeps_the_most_recently_used_factors(monkeypatch):
     monkeypatch.setattr(svmini.methods.svd, "_cache", OrderedDict())
     weights = [linear(seed=seed).weight for seed in range(3)]
     thin_svd(weights[0])
@@ -79,7 +79,7 @@ def test_the_cache_is_bounded_and_keeps_what_was_used_last(monkeypatch):
     assert len(svmini.methods.svd._cache) == 2
 
 
-def test_writing_into_a_factor_changes_no_other_layer():
+def test_writing_into_a_frozen_tensor_changes_no_other_layer():
     for spec in ("svfit:", "svft:", "svft:basis=random", "vera:rank=16"):
         first, second = layer_of(spec, moved=False), layer_of(spec, moved=False)
         expected = second.weight.clone()
@@ -89,18 +89,9 @@ def test_writing_into_a_factor_changes_no_other_layer():
         assert torch.equal(second.weight, expected) and torch.equal(layer_of(spec, moved=False).weight, expected)
 
 
-def test_what_is_trained_does_not_leak_into_the_cache():
-    before = [t.clone() for t in thin_svd(linear().weight)]
-    for spec in ("svfit:", "svfit:rank=4", "svft:", "svft:rank=16", "lora:init=pissa,rank=4"):
-        layer = layer_of(spec)
-        layer(tokens(3, 16)).sum().backward()
-        torch.optim.SGD(layer.parameters(), lr=1.0).step()
-    assert all(torch.equal(a, b) for a, b in zip(before, thin_svd(linear().weight)))
-
-
 # ---- the order of products ----
 
-# how many F.linear calls a path takes: 1 the weight is built, 2 a factor is folded (or the core is a diagonal), 3 none
+# number of F.linear calls on a path: 1 if W is built, 2 if a factor is folded or the core is diagonal, 3 otherwise
 PATHS = {("plain", "square"): (2, 2, 1), ("plain", "wide"): (2, 2, 1), ("plain", "tall"): (2, 2, 1),
          ("banded", "square"): (3, 1, 1), ("banded", "wide"): (3, 2, 1), ("banded", "tall"): (3, 2, 1)}
 
@@ -122,9 +113,9 @@ def test_the_contract_takes_every_path_of_apply_factors(pattern, shape, monkeypa
 
 
 def flops(forward, T, d_in, *trained):
-    """Products of a step, forward and backward to x and what is trained."""
+    """Count the matrix products of a step, forward and backward to x and the trained tensors."""
     x = torch.randn(T, d_in, dtype=torch.float64, requires_grad=True)
-    in_place = {torch.ops.aten.addmm_: lambda y, h, Bt, **rest: 2 * h[0] * h[1] * Bt[1]}    # torch overlooks it
+    in_place = {torch.ops.aten.addmm_: lambda y, h, Bt, **rest: 2 * h[0] * h[1] * Bt[1]}    # torch does not count it
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         forward(x, *trained).sum().backward()
     return counter.get_total_flops()
@@ -152,7 +143,7 @@ def test_no_exact_order_is_cheaper_than_apply_factors(kind, shape):
 @pytest.mark.parametrize("shape", [(16, 16), (16, 64), (64, 16), (20, 16)], ids=str)
 @pytest.mark.parametrize("kind", ("diagonal", "any"))
 @pytest.mark.parametrize("rank", (2, 5, 8, 12, 15, 16))
-def test_neither_order_is_cheaper_than_apply_with_residual(rank, kind, shape):
+def test_no_exact_order_is_cheaper_than_apply_with_residual(rank, kind, shape):
     W0 = linear(shape).weight.detach()
     U, S, Vt = thin_svd(W0)
     U, Vt = U[:, :rank], Vt[:rank]
@@ -167,13 +158,26 @@ def test_neither_order_is_cheaper_than_apply_with_residual(rank, kind, shape):
         assert flops(lambda x, c: apply_with_residual(x, W0, U, c, Vt, None), T, shape[1], core) == min(built, thin)
 
 
+@pytest.mark.parametrize("shape", [(16, 16), (16, 64), (64, 16), (20, 16)], ids=str)
+@pytest.mark.parametrize("rank", (2, 5, 8, 12, 16, 40))
+def test_the_two_orders_of_vera_are_equal_and_the_cheaper_one_is_taken(rank, shape):
+    layer = layer_of(f"vera:rank={rank}", shape)
+    orders = [lambda x: F.linear(x, layer.weight, layer.bias),
+              lambda x: F.linear(x, layer.W0, layer.bias) + layer.b * F.linear(F.linear(x, layer.A) * layer.d, layer.B)]
+    for T in MANY:
+        x = tokens(T, shape[1])
+        for order in orders:
+            assert_close(layer(x), order(x), 1e-10)
+        assert flops(layer, T, shape[1]) == min(flops(order, T, shape[1]) for order in orders)
+
+
 # ---- modes ----
 
 @pytest.mark.parametrize("mode", (lambda: torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode),
                          ids=("autocast", "inference_mode"))
 @pytest.mark.parametrize("spec", ("lora:rank=4,init=pissa", "svfit:", "svft:", "svft:basis=random", "dora:", "vera:"))
-def test_what_is_built_in_a_mode_starts_exactly_and_can_be_trained(spec, mode):
-    """PiSSA's start was off by 6e-3 in bf16, and factors that inference mode had made could not be trained with."""
+def test_an_adapter_built_in_a_mode_starts_exactly_and_can_be_trained(spec, mode):
+    """Autocast must not round PiSSA's start, and tensors created in inference mode could not be used in training."""
     method, options, _ = parse_spec(spec)
     clear_svd_cache()
     svmini.methods.svft.orthonormal.cache_clear()
@@ -183,14 +187,13 @@ def test_what_is_built_in_a_mode_starts_exactly_and_can_be_trained(spec, mode):
         layer = adapt(model, method, targets=("query",), **options).query
         METHODS[method](tall, **options)
     assert_close(layer.weight, linear(dtype=torch.float32).weight, 1e-6)
-    for later in (layer, layer_of(spec, "tall")):           # another layer, by what the mode left in the caches
+    for later in (layer, layer_of(spec, "tall")):           # another layer, from caches that were filled in the mode
         later(tokens(5, 16).to(later.bias.dtype).requires_grad_()).sum().backward()
         torch.optim.SGD(later.parameters(), lr=0.1).step()
 
 
 @pytest.mark.parametrize("spec", specs())
-def test_what_is_drawn_follows_the_cpu_and_its_own_dtype(spec):
-    """Whatever the default device and dtype say."""
+def test_random_tensors_do_not_depend_on_the_default_device_and_dtype(spec):
     method, options, _ = parse_spec(spec)
     for shape in shapes_of(spec)[:2]:
         base, x = linear(shape, torch.float32), tokens(5, shape[1], torch.float32)
