@@ -66,7 +66,7 @@ def parse_flags(argv):
     p.add_argument("task", choices=sorted(METHODS))
     p.add_argument("--bases", type=int, nargs="+", help="pretraining seeds (100 to 102 for sweep, else 0 to 9)")
     p.add_argument("--methods", nargs="+", help="method specs without seed (default: all rows of the task)")
-    p.add_argument("--lr", type=float, nargs="+", help="sweep: these learning rates (default: five around today's)")
+    p.add_argument("--lr", type=float, nargs="+", help="learning rates (sweep: five around the tuned one; run: the tuned one)")
     p.add_argument("--width", type=int, default=128, help="width of the model (128)")
     p.add_argument("--steps", type=int, help="fine-tuning steps (default: the training script's)")
     p.add_argument("--eval-every", type=int, default=0, help="steps between validations, for learning curves (0: none)")
@@ -143,7 +143,7 @@ def run(flags, base_seed, base, metadata):
             steps = flags.train_config.steps
             if (flags.task, str(flags.width), str(steps), str(base_seed), spec, str(seed)) in done:
                 continue
-            lr = learning_rate(flags, spec)
+            lr = flags.lr[0] if flags.lr else LEARNING_RATES[flags.task][spec]
             train_config = replace(flags.train_config, lr=lr, seed=seed)
             row = compare.run(seeded(spec, seed), base, task, train_config, flags.device_config, scratch,
                               eval_every=flags.eval_every)
@@ -156,12 +156,6 @@ def run(flags, base_seed, base, metadata):
                 keep_curve(flags, base_seed, task, spec, seed, scratch)
             print(f"{flags.task} base {base_seed} seed {seed} {spec}: {row['metric']}", flush=True)
     shutil.rmtree(scratch, ignore_errors=True)
-
-
-def learning_rate(flags, spec):
-    """Return the learning rate of a row; widths other than 128 have keys such as "64 svft:pattern=plain"."""
-    table = LEARNING_RATES[flags.task]
-    return flags.lr[0] if flags.lr else table[spec if flags.width == 128 else f"{flags.width} {spec}"]
 
 
 def keep_curve(flags, base_seed, task, spec, seed, scratch):
