@@ -38,7 +38,8 @@ class Adapter(nn.Module):
         file does not. A buffer that cannot be computed again uses register_buffer, and the file holds it.
       - A step runs on the meta device, where tensors have no values: no `if` on a tensor, no tensor on another device.
       - On a bf16 or fp16 layer, frozen tensors keep the base's dtype and this class makes parameters float32. A method
-        does nothing for this if `weight` computes in the parameters' dtype and `forward` casts them to that of W0.
+        does nothing for this if `weight` computes in the parameters' dtype and returns that of W0, to which `forward`
+        casts the parameters.
     """
     examples = ()       # options such as "rank=8" or "rank=8@query,value": rows of --methods all and test cases
     test_options = ()   # further test cases
@@ -69,7 +70,7 @@ class Adapter(nn.Module):
 
     @property
     def weight(self):
-        """The adapted weight (d_out, d_in), differentiable, in the dtype of the parameters."""
+        """The adapted weight (d_out, d_in), differentiable, in the dtype of the base layer, which other modules expect."""
         raise NotImplementedError(f"{type(self).__name__} must define weight")
 
     @property
@@ -79,7 +80,7 @@ class Adapter(nn.Module):
 
     def forward(self, x):
         """x (..., d_in) -> x weightᵀ + b (..., d_out)."""
-        return F.linear(x, self.weight.to(self.base_dtype), self.bias)
+        return F.linear(x, self.weight, self.bias)
 
     @staticmethod
     def count(d_out, d_in):

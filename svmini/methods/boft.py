@@ -52,7 +52,8 @@ class BOFT(Adapter):
 
     @property
     def weight(self):
-        return self.W0.to(self.Q.dtype) @ torch.block_diag(*self.rotation()).t()        # (d_out, d_in)
+        R = torch.block_diag(*self.rotation())
+        return (self.W0.to(self.Q.dtype) @ R.t()).to(self.base_dtype)               # (d_out, d_in)
 
     def forward(self, x):
         R = self.rotation().to(self.W0.dtype)

@@ -44,7 +44,7 @@ class LoRA(Adapter):
 
     @property
     def weight(self):
-        return self.frozen_weight + self.scale * self.B @ self.A        # (d_out, d_in)
+        return (self.frozen_weight + self.scale * self.B @ self.A).to(self.base_dtype)      # (d_out, d_in)
 
     def forward(self, x):
         W = self.frozen_weight

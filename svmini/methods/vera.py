@@ -38,7 +38,8 @@ class VeRA(Adapter):
 
     @property
     def weight(self):
-        return self.W0 + (self.b[:, None] * self.B * self.d) @ self.A.to(self.d.dtype)      # (d_out, d_in)
+        update = (self.b[:, None] * self.B * self.d) @ self.A.to(self.d.dtype)
+        return (self.W0 + update).to(self.base_dtype)                               # (d_out, d_in)
 
     def forward(self, x):
         if builds_first(x, self.W0.shape, len(self.d)):     # if r exceeds the width, as on the teaching models
