@@ -29,7 +29,7 @@ def test_parameters_are_never_rounded(dtype):
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("spec", [spec for spec in OUR_SPECS if "pissa" not in spec])
 def test_a_half_precision_layer_starts_as_its_base_bit_for_bit(spec, dtype):
-    """W0 + 0 is exact. Exceptions: the residual of PiSSA is rounded, and the output of DoRA is before its bias is added."""
+    """W0 + 0 is exact. Exceptions: PiSSA rounds its residual, and DoRA rounds W x before it adds the bias."""
     for shape in shapes_of(spec):
         base = linear(shape, torch.float32).to(dtype)
         layer = adapter(spec, base)
