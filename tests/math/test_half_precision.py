@@ -43,6 +43,7 @@ def test_a_half_precision_layer_starts_as_its_base_bit_for_bit(spec, dtype):
 def test_the_rounded_residual_of_pissa_changes_the_weight_little(dtype, error):
     base = linear((96, 96), torch.float32).to(dtype)
     layer, x = adapter("lora:rank=8,init=pissa", base), tokens(20, 96).to(dtype)
+    assert torch.equal(layer.A, adapter("lora:rank=8,init=pissa", linear((96, 96), torch.float32).to(dtype).float()).A)
     assert (layer(x).float() - base(x).float()).norm() < 4 * error * base(x).float().norm()
     assert 0 < (layer.float().weight - base.weight).norm() < error * base.weight.float().norm()
 
