@@ -196,7 +196,7 @@ def check_half(spec, shape, dtype, folder):
         return
     assert layer.base_dtype == dtype and all(p.dtype == torch.float32 for p in layer.parameters())
     assert all(b.dtype == dtype for b in layer.buffers() if b.is_floating_point() and b.dim() == 2)
-    assert_close(layer.weight, base.weight, HALF[dtype])
+    assert_close(layer.weight.to(dtype), base.weight, HALF[dtype])
     start = [p.detach().clone() for p in twin.parameters()]
     move(twin)
     with torch.no_grad():
