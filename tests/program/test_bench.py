@@ -120,11 +120,11 @@ def test_a_step_trains_and_a_forward_pass_does_not(inference):
 def test_every_row_pays_for_its_own_svd_and_the_merged_one_is_plain(monkeypatch):
     known, seen, compiled = [], [], []
     real, step = bench.row_model, bench.Step
-    monkeypatch.setattr(bench, "row_model", lambda spec, b: known.append(len(svd._known)) or real(spec, b))
+    monkeypatch.setattr(bench, "row_model", lambda spec, b: known.append(len(svd._cache)) or real(spec, b))
     monkeypatch.setattr(bench, "Step", lambda model, b: seen.append(type(model.blocks[0].mlp.up)) or step(model, b))
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
     bench.measure(make(inference=True, compile=True), ("base",), ["svfit", "svft"], 2, 1)
-    assert known == [0, 0, 0] and not svd._known, "factors of a row stay in memory"
+    assert known == [0, 0, 0] and not svd._cache, "factors of a row stay in memory"
     assert seen == [nn.Linear, METHODS["svfit"], METHODS["svft"], nn.Linear] and len(compiled) == 4
 
 
