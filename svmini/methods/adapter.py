@@ -38,8 +38,7 @@ class Adapter(nn.Module):
         file does not. A buffer that cannot be computed again uses register_buffer, and the file holds it.
       - A step runs on the meta device, where tensors have no values: no `if` on a tensor, no tensor on another device.
       - On a bf16 or fp16 layer, frozen tensors keep the base's dtype and this class makes parameters float32. A method
-        does nothing for this if `weight` computes in the parameters' dtype and returns that of W0, to which `forward`
-        casts the parameters.
+        does nothing for this, but a `forward` of its own casts its parameters to the dtype of W0.
     """
     examples = ()       # options such as "rank=8" or "rank=8@query,value": rows of --methods all and test cases
     test_options = ()   # further test cases
@@ -80,7 +79,7 @@ class Adapter(nn.Module):
 
     def forward(self, x):
         """x (..., d_in) -> x weightᵀ + b (..., d_out)."""
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight.to(self.base_dtype), self.bias)
 
     @staticmethod
     def count(d_out, d_in):
