@@ -206,7 +206,7 @@ def check_half(spec, shape, dtype, folder):
         x, g, results = tokens(T, d_in).to(dtype), tokens(T, d_out, seed=3).to(dtype), []
         for part, x in ((layer, x), (twin, x.float())):
             y = part(x)
-            assert y.dtype == part.weight.dtype == x.dtype
+            assert y.dtype == x.dtype
             gradients = torch.autograd.grad(y, list(part.parameters()), g.to(x.dtype))
             results.append((y.float(), part.weight.float(), *gradients))
         for got, expected in zip(*results):
