@@ -91,7 +91,8 @@ def compare_methods(argv):
     compare.fill_gap_recovered(rows)
     base_info = {key: value for key, value in metadata.items() if key != "tokenizer"}
     report.write(out, rows, {"task": task.name, "device": device_config.reason, "steps": train_kwargs["steps"],
-                             "train_config": train_kwargs, "base": base_info, **task.data_config}, sweep)
+                             "dtype": str(device_config.dtype), "train_config": train_kwargs,
+                             "base": base_info, **task.data_config}, sweep)
     analyze.draw_best(out, rows, base)
     if flags.quick:
         print(report.SMOKE_TEST)

@@ -75,7 +75,8 @@ def compare_methods(argv):
             print(report.line(rows[-1]))
     compare.fill_gap_recovered(rows)
     report.write(out, rows, {"task": task.name, "device": device_config.reason, "steps": train_kwargs["steps"],
-                             "train_config": train_kwargs, "base": metadata, **task.data_config}, sweep)
+                             "dtype": str(device_config.dtype), "train_config": train_kwargs,
+                             "base": metadata, **task.data_config}, sweep)
     analyze.draw_best(out, rows, base)
     save_predictions(out, task, rows)
     if flags.quick:

@@ -9,14 +9,15 @@ import torch
 from tqdm import tqdm
 
 from . import files
-from .adapting import (adaptation_of, adapters_of, digest, digests, dtype_of,
-                       fingerprint, full_precision, install, is_inside, modules_of, tensors_of, unadapted,
+from .adapting import (adaptation_of, adapters_of, digest, digests, dtype_of, exact_weight, fingerprint,
+                       full_precision, install, is_inside, modules_of, tensors_of, unadapted,
                        unwrap, why_not)
 from .errors import InputError
 from .methods import METHODS, check_options
 from .methods.adapter import HALF_DTYPES
 
-TOLERANCE = 1e-4   # of ‖W z‖: above the rounding of another machine
+TOLERANCE = 1e-4            # of ‖W z‖: above the rounding of another machine
+HALF_TOLERANCE = 2.0 ** -8  # between a half-precision base and a float32 base with the same values: U and V are rounded
 RECORD = ("method", "options", "targets", "also_train")
 
 
@@ -44,12 +45,12 @@ def save_adapter(model, path, metadata=None):
         for name, tensor in [*trained.items(), *inner.named_parameters()]:
             if (name in trained or tensor.requires_grad) and not tensor.isfinite().all():
                 raise InputError(f"{name} is not finite: training has diverged, use a lower learning rate")
-        layers = {name: {"options": adapter.options, "probe": probe(adapter.weight), "state": on_cpu(
-            {key: tensor for key, tensor in adapter.state_dict().items() if key not in adapter.frozen})}
+        layers = {name: {"options": adapter.options, "probe": probe(exact_weight(adapter)), "state": {
+            key: tensor.cpu().clone() for key, tensor in adapter.state_dict().items() if key not in adapter.frozen}}
             for name, adapter in adapters.items()}
     content = {key: adaptation[key] for key in (*RECORD, "dtype")} | {
         "base": fingerprint(adaptation["base"], trained), "metadata": files.plain(metadata or {}), "layers": layers,
-        "trained": on_cpu(trained)}
+        "trained": {name: tensor.detach().cpu().clone() for name, tensor in trained.items()}}
     files.save(path, "adapter", content)
 
 
@@ -84,7 +85,7 @@ def load_adapter(model, path):
         base, tensors = digests(inner), tensors_of(inner)
         try:
             check_base(content, inner, tensors, base)
-            adapters = {name: rebuild(name, inner.get_submodule(name), content["method"], saved) for name, saved in tqdm(
+            adapters = {name: rebuild(name, inner.get_submodule(name), content, saved) for name, saved in tqdm(
                 content["layers"].items(), "load adapter", leave=False, delay=2, disable=None)}
         except InputError as error:
             raise InputError(f"{files.label(path)}: {error}") from None
@@ -109,22 +110,21 @@ def check_base(content, model, tensors, base):
             has = "no such tensor" if tensor is None else f"{tuple(tensor.shape)} in {tensor.dtype}"
             raise InputError(f"it holds {name} of shape {tuple(value.shape)} in {value.dtype}, the model has {has}")
     if content["base"] != fingerprint(base, content["trained"]):
-        dtypes = "" if content["dtype"] == dtype_of(model) else (
-            f"; its values were in {content['dtype']}, those of this model are in {dtype_of(model)}")
-        raise InputError("it was trained on another base model: load the weights that training started from, a ViT at "
-                         f"the same image size{dtypes}")
+        raise InputError("it was trained on another base model: load the weights that training started from, a ViT at the "
+                         f"same image size (the base was in {content['dtype']}, this model is in {dtype_of(model)})")
 
 
-def rebuild(name, linear, method, saved):
+def rebuild(name, linear, content, saved):
     """Build the adapter of one layer from the file. Raises InputError if it does not give back the saved W z."""
-    check_options(method, saved["options"])
-    adapter = METHODS[method](linear, **saved["options"])
+    check_options(content["method"], saved["options"])
+    adapter = METHODS[content["method"]](linear, **saved["options"])
     try:
         adapter.load_state_dict(adapter.state_dict() | saved["state"])
     except RuntimeError as error:   # the method has changed since
         raise InputError(f"its layer {name} does not fit: {files.one_line(error)}") from None
-    Wz, expected = probe(adapter.weight), saved["probe"]
-    if not (Wz - expected).norm() <= TOLERANCE * expected.norm():   # `not <=` also catches nan
+    Wz, expected = probe(exact_weight(adapter)), saved["probe"]
+    rounded = (adapter.base_dtype in HALF_DTYPES) != ("float16" in content["dtype"])
+    if not (Wz - expected).norm() <= (HALF_TOLERANCE if rounded else TOLERANCE) * expected.norm():   # also false for nan
         raise InputError(f"it does not give back the matrix trained at {name}: the factors of the base have changed")
     return adapter
 
@@ -133,7 +133,3 @@ def probe(weight):
     """W z (d_out,) in float64 for one fixed z, z_k = cos k, to tell one adapted matrix from another."""
     z = torch.arange(1, weight.shape[1] + 1, dtype=torch.float64, device="cpu").cos()
     return weight.detach().cpu().double() @ z
-
-
-def on_cpu(state):
-    return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}

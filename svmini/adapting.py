@@ -1,5 +1,6 @@
 """Adapt a model, merge its adapters into plain layers, and count its trainable parameters."""
 
+import copy
 import functools
 import warnings
 from collections import Counter
@@ -25,9 +26,9 @@ def adapt(model, method, targets=None, also_train=None, **options):
     targets: the layers to adapt. A target matches the end of a layer's path at a dot: "up", "mlp.up",
     "blocks.0.mlp.up". Default: the model's own attribute `targets`, which GPT and ViT have.
     also_train: paths of modules to train in full, such as a new classifier; peft calls them modules_to_save. They are
-    saved and loaded with the adapters. Default: the model's own attribute `also_train`. They keep their dtype. In
-    bfloat16 a step smaller than 0.2 to 0.4 % of a weight is lost, so convert them first (model.classifier.float())
-    and train under torch.autocast. A warning says so.
+    saved and loaded with the adapters. Default: the model's own attribute `also_train`. They keep their dtype, with a
+    warning for half precision: bfloat16 loses steps below 0.2 to 0.4 % of a weight, and AdamW diverges in float16. Call
+    model.classifier.float() before adapt, and train and evaluate under torch.autocast.
     options: options of the method, such as rank=8.
 
     The dict model.adaptation then records the method, its options, and in "layers" the path of every adapted layer.
@@ -45,7 +46,8 @@ def adapt(model, method, targets=None, also_train=None, **options):
     layers = {} if method in WITHOUT_ADAPTERS else fitting_linears(inner, method, targets, options, also_train)
     trained = [inner] if method == "full" else heads
     if any(p.dtype in HALF_DTYPES for module in trained for p in module.parameters()):
-        warnings.warn("some trainable parameters are in half precision, in which small steps are lost", stacklevel=2)
+        warnings.warn("half precision loses small steps of the modules that are trained in full: convert them to float32 "
+                      "before adapt, and train under torch.autocast", stacklevel=2)
     with full_precision(inner):
         base = digests(inner)
         adapters = {name: METHODS[method](linear, **options) for name, linear in tqdm(
@@ -75,8 +77,7 @@ def merge(model, dtype=None):
             if has_hooks(adapter):
                 raise InputError(f"{name} has hooks, which a merged layer would lose: remove them first")
             merged[name] = nn.Linear(adapter.in_features, adapter.out_features, device="meta")
-            for key in ("weight", "bias"):
-                value = getattr(adapter, key)
+            for key, value in (("weight", exact_weight(adapter)), ("bias", adapter.bias)):
                 value = None if value is None else nn.Parameter(value.to(dtype or adapter.base_dtype, copy=True))
                 setattr(merged[name], key, value)
         replace(inner, merged)
@@ -95,14 +96,11 @@ def count_trainable(model):
     """
     inner = unwrap(model)
     record = vars(inner).get("adaptation") or {"method": "full", "also_train": getattr(inner, "also_train", ())}
-    trained = {p: p.numel() for p in inner.parameters() if p.requires_grad}
-    total = sum(trained.values())
-    if record["method"] == "full":
-        heads = {p for module in heads_of(inner, record["also_train"]) for p in module.parameters()}
-        head = sum(trained.get(p, 0) for p in heads)
-    else:
-        head = total - sum(trained.get(p, 0) for adapter in adapters_of(inner).values() for p in adapter.parameters())
-    return {"adapter": total - head, "head": head, "total": total}
+    counts = {"adapter": 0, "head": 0}
+    for name, p in inner.named_parameters():
+        full = record["method"] == "full" and not is_inside(name, record["also_train"])
+        counts["adapter" if full or is_inside(name, record.get("layers", ())) else "head"] += p.numel() * p.requires_grad
+    return counts | {"total": sum(counts.values())}
 
 
 # ---- which layers are adapted ----
@@ -223,6 +221,11 @@ def names_for(model, attribute, names):
 def adapters_of(model):
     """{path: Adapter} of an adapted model, in the order of its modules."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
+
+
+def exact_weight(adapter):
+    """The adapted weight (d_out, d_in), in float32 for a layer in half precision: not rounded to the layer's dtype."""
+    return (copy.deepcopy(adapter).float() if adapter.base_dtype in HALF_DTYPES else adapter).weight
 
 
 def adaptation_of(model, otherwise):

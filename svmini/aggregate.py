@@ -1,9 +1,11 @@
-"""python -m svmini.aggregate: one table of several comparisons, such as the same methods from several bases.
+"""python -m svmini.aggregate: one table of several comparisons, such as the same methods on several base models.
 
-The seeds of each results.json are averaged first. Mean ± standard deviation are then over the files, and differences
-are paired file by file: the spread between bases is the one that counts.
+The seeds of each results.json are averaged first, so that mean ± standard deviation are over files. Differences and
+gaps are paired: within a file, over the seeds on which none of the methods diverged.
 """
 
+import itertools
+import json
 import statistics
 import sys
 from pathlib import Path
@@ -11,49 +13,132 @@ from pathlib import Path
 from .cli import Parser, run_command
 from .errors import InputError
 from .training import report
-from .training.checkpoint import read_json
-from .training.compare import fill_gap_recovered
+from .training.checkpoint import differences
+
+ROW_KEYS = {"method", "seed", "metric", "metric_name", "higher_is_better", "trainable_params"}
+MAY_DIFFER = {"python", "torch", "device", "sha256", "base", "rows", "lr_sweep"}   # keys of a results.json
+BASE_MAY_DIFFER = {"seed", "sha256", "dtype"}   # keys of the run config of a base model
 
 
 def command(argv):
-    p = Parser("-m svmini.aggregate", "One table of several comparisons.")
-    p.add_argument("results", nargs="+", metavar="FILE", help="results.json of each")
-    p.add_argument("--baseline", default=report.REFERENCE, metavar="M", help="the method that is subtracted from each")
-    p.add_argument("--plot", metavar="FILE", help="also write a picture there, a PNG")
+    p = Parser("-m svmini.aggregate", "Make one table of several comparisons.")
+    p.add_argument("results", nargs="+", metavar="FILE", help="results.json of each comparison (required)")
+    p.add_argument("--baseline", default=report.REFERENCE, metavar="SPEC",
+                   help=f"method that the others are compared with (default: {report.REFERENCE})")
+    p.add_argument("--plot", metavar="FILE", help="PNG file for a plot of the table (default: no plot)")
     flags = p.parse_args(argv)
+    contents = {path: read_results(path) for path in flags.results}
     if len({Path(path).resolve() for path in flags.results}) < len(flags.results):
-        raise InputError("a file is named twice: a spread over the same results means nothing")
-    rows = [row for i, path in enumerate(flags.results) for row in averaged(path, i)]
-    fill_gap_recovered(rows)
-    metric = {(row["method"], row["seed"]): row["metric"] for row in rows}
-    if flags.baseline not in {row["method"] for row in rows}:
-        raise InputError(f"--baseline {flags.baseline}: no file has such a row")
-    digits = 3 if rows[0]["metric_name"] == "loss" else 1
-    cells = [["method", "trainable params", rows[0]["metric_name"], f"Δ vs {flags.baseline} (paired)", "gap recovered"]]
-    for t in report.summarise(rows):
-        pairs = [(metric[t["method"], i], metric.get((flags.baseline, i))) for i in range(len(flags.results))
-                 if (t["method"], i) in metric]
-        differences = [a - b for a, b in pairs if b is not None] if t["method"] != flags.baseline else []
-        share = 100 * statistics.mean(t["gap_recovered"]) if t["gap_recovered"] else None
-        cells.append([t["method"], f"{t['trainable_params']:,}", report.spread(t["metrics"], f".{digits}f"),
-                      report.spread(differences, f"+.{digits}f") or "-", "-" if share is None else f"{share:.0f}"])
-    print("\n".join(report.markdown(cells, left=("method",))))
-    print(f"mean ± standard deviation over {len(flags.results)} files")
-    if flags.plot and not report.plot(flags.plot, rows):
-        print("for a picture of the table: pip install matplotlib")
+        raise InputError("a file is given twice: give each comparison once")
+    check_comparable(contents)
+    files = {path: content["rows"] for path, content in contents.items()}
+    methods = list(dict.fromkeys(row["method"] for rows in files.values() for row in rows))
+    if flags.baseline not in methods:
+        raise InputError(f"--baseline {flags.baseline}: no file has this row; choose from {', '.join(methods)}")
+    lines = table_lines(list(files.values()), methods, flags.baseline) + notes(files)
+    drawn = flags.plot and report.plot(flags.plot, averaged(files.values()))
+    print("\n".join(lines) + ("\nfor a plot of the table: pip install matplotlib" if drawn is False else ""))
 
 
-def averaged(path, i):
-    """The rows of one results.json, a method's seeds averaged into one row whose "seed" is the file's number i."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"there is no file {path}: give the results.json of a run's folder")
-    methods = {}
-    for row in read_json(path)["rows"]:
-        if row["metric"] is not None:
-            methods.setdefault(row["method"], []).append(row)
-    return [{**runs[0], "seed": i, "metric": statistics.mean(r["metric"] for r in runs), "gap_recovered": None}
-            for runs in methods.values()]
+def read_results(path):
+    """Return the content of a results.json. Raises InputError if the file is something else."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        good = content["rows"] and all(ROW_KEYS <= row.keys() and isinstance(row["metric"], int | float | None)
+                                       for row in content["rows"])
+    except FileNotFoundError:
+        raise InputError(f"there is no file {path}: give the results.json of a comparison") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        good = False
+    if not good:
+        raise InputError(f"{path} is not a results.json of svmini: give the results.json of a comparison")
+    return content
+
+
+def check_comparable(contents):
+    """Raise InputError if the files have different setups, or the same runs. contents: {path: content}."""
+    for (a, one), (b, other) in itertools.combinations(contents.items(), 2):
+        different = differences(*setups(one, other))
+        if different:
+            raise InputError(f"{b} differs from {a}: {'; '.join(different)}. Aggregate comparisons with equal settings")
+        runs, others = ({(r["method"], r["seed"], r["metric"]) for r in content["rows"] if r["metric"] is not None}
+                        for content in (one, other))
+        if runs and others and one.get("base") == other.get("base") and (runs <= others or others <= runs):
+            raise InputError(f"{a} and {b} contain the same runs: a deviation over copies means nothing. Leave out one")
+
+
+def setups(*contents):
+    """Return what must be equal in two files; methods count only if both have them."""
+    counts = [{row["method"]: row["trainable_params"] for row in content["rows"]} for content in contents]
+    both = counts[0].keys() & counts[1].keys()
+    for content, count in zip(contents, counts):
+        base, row = content.get("base") or {}, content["rows"][0]
+        yield {key: value for key, value in content.items() if key not in MAY_DIFFER} | {
+            "metric_name": row["metric_name"], "higher_is_better": row["higher_is_better"],
+            "trainable_params": {method: count[method] for method in both},
+            "base": {"published": bool(base.get("published"))} | {
+                key: value for key, value in base.get("run_config", {}).items() if key not in BASE_MAY_DIFFER}}
+
+
+def metrics_of(rows, method):
+    """Return {seed: metric} of a method in one file, without diverged runs. The zero-shot row counts for every seed."""
+    found = {row["seed"]: row["metric"] for row in rows if row["method"] == method and row["metric"] is not None}
+    return {row["seed"]: x for x in found.values() for row in rows} if method == "zero-shot" else found
+
+
+def gap_recovered(rows, method):
+    """Return (metric − start) / (full − start) of one file, averaged over common seeds; None if it is not defined."""
+    start, full = metrics_of(rows, "head") or metrics_of(rows, "zero-shot"), metrics_of(rows, "full")
+    metric = metrics_of(rows, method)
+    seeds = metric.keys() & start.keys() & full.keys()
+    if not seeds or report.gap_problem(rows):
+        return None
+    return sum(metric[s] - start[s] for s in seeds) / sum(full[s] - start[s] for s in seeds)
+
+
+def table_lines(files, methods, baseline):
+    """Return the table as lines of Markdown. files: the rows of each file."""
+    first = files[0][0]
+    better, digits = "higher" if first["higher_is_better"] else "lower", report.digits_of(files[0])
+    cells = [["method", "trainable params", f"{first['metric_name']} ({better} is better)", f"Δ vs {baseline} (paired)",
+              "gap recovered", "diverged"]]
+    for method in methods:
+        metrics = [metrics_of(rows, method) for rows in files]
+        pairs = [(x, metrics_of(rows, baseline)) for x, rows in zip(metrics, files)] if method != baseline else []
+        deltas = [statistics.mean(x[s] - y[s] for s in x.keys() & y.keys()) for x, y in pairs if x.keys() & y.keys()]
+        runs = [row for rows in files for row in rows if row["method"] == method]
+        cells.append([
+            method, f"{runs[0]['trainable_params']:,}",
+            spread([statistics.mean(x.values()) for x in metrics if x], f".{digits}f", len(files)),
+            spread(deltas, f"+.{digits}f", len(files)),
+            report.gap_cell([gap for rows in files if (gap := gap_recovered(rows, method)) is not None]),
+            f"{sum(row['metric'] is None for row in runs)} of {len(runs)}"])
+    if all(row[-1].startswith("0 of") for row in cells[1:]):
+        cells = [row[:-1] for row in cells]
+    return report.markdown(cells, left=("method", "gap recovered"))
+
+
+def spread(values, form, n_files):
+    """Return mean ± standard deviation over files, and how many files there are if some are missing."""
+    return (report.spread(values, form) or "-") + (f" (n = {len(values)})" if 0 < len(values) < n_files else "")
+
+
+def notes(files):
+    """Return the lines under the table. files: {path: rows}."""
+    lines = [f"mean ± standard deviation over {len(files)} files; differences and gaps are paired by file and seed"]
+    lines += [f"gap recovered leaves out {path}: {problem}" for path, rows in files.items()
+              if (problem := report.gap_problem(rows))]
+    lrs = {}
+    for row in itertools.chain(*files.values()):
+        lrs.setdefault(row["method"], set()).add(row.get("lr"))
+    different = [method for method, values in lrs.items() if len(values) > 1]
+    return lines + ([f"learning rates differ between the files: {', '.join(different)}"] if different else [])
+
+
+def averaged(files):
+    """Return one row per file and method, its metric averaged over seeds, for the plot."""
+    return [{**row, "seed": i, "metric": statistics.mean(found.values())} for i, rows in enumerate(files)
+            for row in {row["method"]: row for row in rows}.values() if (found := metrics_of(rows, row["method"]))]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""python -m svmini.bench: what a training step of each method costs in a model's transformer blocks.
+"""python -m svmini.bench: what a training step of each method costs in the transformer blocks of a model.
 
-The blocks alone, with random weights on a fixed random input: embeddings and head cost every method the same, and
-GPT-2's vocabulary would drown what differs. A linear head of two classes on the mean token gives a loss. Every row is
-timed once a round, A B C then C B A, so that a drift of the device_config hits all alike, and compared round by round.
-Products and memory are counted in a real step, not timed: they are the same in every run.
+Only the blocks run, with random weights on a fixed random input: embeddings and head cost every method the same, and
+GPT-2's vocabulary would hide the differences. A linear head of two classes on the mean token gives a loss. Each round
+times every row once, in the order A B C and then C B A, so that a drift of the machine affects all rows alike; rows are
+compared round by round. FLOPs and memory are counted in a real step, not timed: they are the same in every run.
 """
 
 import copy
@@ -27,14 +27,15 @@ from .errors import InputError
 from .methods import parse_spec, svd
 from .models.transformer import Block, init_linears
 from .training import compare
-from .training.loop import TrainConfig, Stopped, make_optimizer
 from .training.device import DeviceConfig, resolve_device
+from .training.loop import Stopped, TrainConfig, make_optimizer
 from .training.report import markdown, spread
 
-GPT, VIT = {"causal": True, "gelu": "tanh", "eps": 1e-5}, {"causal": False, "gelu": "none", "eps": 1e-6}
-# layers, width, heads, block, sequences in a batch, tokens in a sequence
-MODELS = {"tiny": (4, 128, 4, GPT, 8, 128), "vit_s_14": (12, 384, 6, VIT, 8, 50),
-          "vit_b_16": (12, 768, 12, VIT, 8, 197), "gpt2": (12, 768, 12, GPT, 4, 512)}
+GPT_BLOCK = {"causal": True, "gelu": "tanh", "eps": 1e-5}
+VIT_BLOCK = {"causal": False, "gelu": "none", "eps": 1e-6}
+MODELS = {   # layers, width, heads, block, sequences per batch, tokens per sequence
+    "tiny": (4, 128, 4, GPT_BLOCK, 8, 128), "vit_s_14": (12, 384, 6, VIT_BLOCK, 8, 50),
+    "vit_b_16": (12, 768, 12, VIT_BLOCK, 8, 197), "gpt2": (12, 768, 12, GPT_BLOCK, 4, 512)}
 SPECS = ["head", "svfit", "svfit:rank=96", "svft:pattern=plain", "svft:off_diagonals=2", "svft:off_diagonals=8",
          "svft:pattern=random,off_diagonals=8", "lora:rank=8", "dora:rank=8", "vera:rank=256",
          "boft:block_size=4,factors=2"]
@@ -57,7 +58,7 @@ class Blocks(nn.Module):
 
 @dataclass(frozen=True)
 class Bench:
-    """What every row has in common. x (B, T, d) and classes y (B,) on the device.  inference: forward passes alone."""
+    """What all rows share: x (B, T, d) and classes y (B,) on the device; inference: time only the forward pass."""
     base: Blocks
     x: torch.Tensor
     y: torch.Tensor
@@ -66,7 +67,7 @@ class Bench:
 
 
 class Step:
-    """Called without arguments: one training step of a model by fused AdamW, or one forward pass. Moves the model."""
+    """A function without arguments: one training step with fused AdamW, which changes the model, or a forward pass."""
 
     def __init__(self, model, bench):
         self.forward, self.bench = model.to(bench.device_config.device).train(not bench.inference), bench
@@ -84,8 +85,8 @@ class Step:
 
 
 def row_model(spec, bench):
-    """A copy of the base for this row: frozen and base with the LayerNorms and the head trained, so that the gradient
-    passes every layer; other specs as adapt has them."""
+    """Return a copy of the base for a row. The rows frozen and base train only the LayerNorms and the head, so that the
+    gradient passes every layer; the others are adapted."""
     model = copy.deepcopy(bench.base)
     if spec not in ("frozen", "base"):
         method, options, targets = parse_spec(spec)
@@ -95,10 +96,10 @@ def row_model(spec, bench):
     return model
 
 
-def flops_of(work):
-    """Multiplications and additions of all matrix products in work(). Not in it: AdamW, and what goes number by number.
-    Attention takes its plain form, whose products can be counted on every device."""
-    def in_place(y, a, b, **_):   # y += a b, as in methods.adapter.add_update; torch's counter knows only y + a b
+def matmul_flops(work):
+    """Count the multiplications and additions of all matrix products in work(), without AdamW and elementwise
+    operations. Attention takes its plain form, whose products can be counted on every device."""
+    def in_place(y, a, b, **_):   # y += a b, as in methods.adapter.add_update; torch's counter only knows y + a b
         return 2 * a[0] * a[1] * b[1]
 
     known = {torch.ops.aten.addmm_: in_place}
@@ -107,8 +108,8 @@ def flops_of(work):
     return counter.get_total_flops()
 
 
-def saved_bytes(model, work):
-    """Bytes that autograd saves in work() for the backward pass, each storage once, the model's own weights not."""
+def activation_bytes(model, work):
+    """Count the bytes that autograd saves in work() for the backward pass: each storage once, without the weights."""
     own, saved = storages([*model.parameters(), *model.buffers()]), {}
 
     def pack(tensor):
@@ -121,23 +122,25 @@ def saved_bytes(model, work):
 
 
 def storages(tensors):
-    """{place in memory: bytes}: tensors that share a storage, or are views of one, count once."""
+    """Return {address: bytes}; tensors that share a storage, or are views of one, count once."""
     return {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
 
 
-def account(step, model):
-    """{"weights_mb", "saved_mb", "state_mb", "peak_mb", "flops"} of a step, in MB (10⁶ bytes): the model's weights,
-    what autograd saves, gradients with the optimizer's state, on CUDA the peak above the weights. Runs the step."""
+def measure_memory(step, model):
+    """Run a step; return {"weights_mb", "activation_mb", "state_mb", "peak_mb", "flops"}, in MB (10⁶ bytes).
+
+    state_mb: gradients and optimizer state. peak_mb: peak above the weights, on CUDA only.
+    """
     def megabytes(tensors):
         return sum(storages(tensors).values()) / 1e6
 
     cuda = step.bench.device_config.device.type == "cuda"
     before = torch.cuda.memory_allocated() if cuda else 0
-    row = {"weights_mb": megabytes([*model.parameters(), *model.buffers()]), "flops": flops_of(step)}
+    row = {"weights_mb": megabytes([*model.parameters(), *model.buffers()]), "flops": matmul_flops(step)}
     if step.optimizer is not None:
-        row["saved_mb"] = saved_bytes(model, step) / 1e6
+        row["activation_mb"] = activation_bytes(model, step) / 1e6
         state = [t for values in step.optimizer.state.values() for t in values.values()]
-        row["state_mb"] = megabytes(state) + megabytes(step.optimizer.state)   # a gradient for each that is trained
+        row["state_mb"] = megabytes(state) + megabytes(step.optimizer.state)   # and a gradient per trained parameter
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         step()
@@ -146,30 +149,30 @@ def account(step, model):
 
 
 def time_rounds(steps, rounds, n, device):
-    """{name: [ms per step, round by round]}. steps: {name: function}; n calls of each a round, one before the first."""
+    """Return {name: [ms per step in each round]}. steps: {name: function}, called n times per round after a warm-up."""
     wait = getattr(torch, device.type).synchronize   # torch.cpu has one too
     times = {name: [] for name in steps}
-    plan = [(i, name) for i in range(rounds + 1) for name in list(steps)[::-1 if i % 2 else 1]]
-    for i, name in tqdm(plan, "time", leave=False, disable=None):
+    order = [(i, name) for i in range(rounds + 1) for name in list(steps)[::-1 if i % 2 else 1]]
+    for i, name in tqdm(order, "time", leave=False, disable=None):
         wait()
-        began = time.perf_counter()
+        started = time.perf_counter()
         for _ in range(n if i else 1):
             steps[name]()
         wait()
-        if i:   # round 0 warms up
-            times[name].append(1000 * (time.perf_counter() - began) / n)
+        if i:   # round 0 is the warm-up
+            times[name].append(1000 * (time.perf_counter() - started) / n)
     return times
 
 
 def measure(bench, references, specs, rounds, n):
-    """One dict a row: the references, then specs, and for inference the last spec's model merged."""
+    """Return one dict per row: the references, the specs, and for inference the last spec's model merged."""
     rows, steps, model = {}, {}, None
     for spec in tqdm([*references, *specs, *["merged"] * bench.inference], "set up", leave=False, disable=None):
-        svd.clear_svd_cache()   # each row pays for its own
-        began = time.perf_counter()
+        svd.clear_svd_cache()   # each row computes its own SVD
+        started = time.perf_counter()
         model = merge(copy.deepcopy(model)) if spec == "merged" else row_model(spec, bench)
-        rows[spec], steps[spec] = {"method": spec, "setup_s": time.perf_counter() - began}, Step(model, bench)
-        rows[spec] |= account(steps[spec], model)
+        rows[spec], steps[spec] = {"method": spec, "setup_s": time.perf_counter() - started}, Step(model, bench)
+        rows[spec] |= measure_memory(steps[spec], model)
         if bench.device_config.compile:
             steps[spec].forward = torch.compile(model)
     svd.clear_svd_cache()
@@ -182,8 +185,8 @@ def measure(bench, references, specs, rounds, n):
 
 
 def table_lines(rows, references, inference):
-    """The table as lines of Markdown, with the columns that there are here."""
-    columns = {"weights_mb": "weights MB", "saved_mb": "activation MB", "state_mb": "gradients, AdamW MB",
+    """Return the table as lines of Markdown, with the columns that were measured."""
+    columns = {"weights_mb": "weights MB", "activation_mb": "activation MB", "state_mb": "gradients, AdamW MB",
                "peak_mb": "peak MB", "setup_s": "set-up s"}
     columns = {key: title for key, title in columns.items() if key in rows[0]}
     cells = [["method", "ms/forward" if inference else "ms/step", *(f"x {r}" for r in references),
@@ -195,19 +198,19 @@ def table_lines(rows, references, inference):
 
 
 def command(argv):
-    p = Parser("-m svmini.bench", "What a training step of each method costs.")
+    p = Parser("-m svmini.bench", "Measure what a training step of each method costs.")
     a = p.add_argument
-    a("--model", default="tiny", choices=tuple(MODELS), help="whose blocks, with random weights (tiny)")
-    a("--layers", type=number(1), metavar="N", help="blocks (as many as the model has)")
-    a("--batch", type=number(1), metavar="N", help="sequences in a batch (by model)")
-    a("--tokens", type=number(1), metavar="N", help="tokens in a sequence (by model)")
-    a("--methods", nargs="+", default=SPECS, metavar="M", help="beside frozen and full (the main ones); all: every one")
-    a("--targets", type=names, metavar="A,B", help="layers to adapt, where a spec names none (all)")
-    a("--rounds", type=number(2), default=5, metavar="N", help="every row once a round (5)")
-    a("--steps", type=number(1), default=2, metavar="N", help="steps of a row in a round (2)")
-    a("--inference", action="store_true", help="the forward pass alone, also of a merged model")
-    a("--compile", action="store_true", help="through torch.compile")
-    a("--json", metavar="FILE", help="also write the numbers there")
+    a("--model", default="tiny", choices=tuple(MODELS), help="shape of the blocks (default: tiny)")
+    a("--layers", type=number(1), metavar="N", help="number of blocks (default: by --model)")
+    a("--batch", type=number(1), metavar="N", help="sequences per batch (default: by --model)")
+    a("--tokens", type=number(1), metavar="N", help="tokens per sequence (default: by --model)")
+    a("--methods", nargs="+", default=SPECS, metavar="SPEC", help="method specs, or all (default: the main methods)")
+    a("--targets", type=names, metavar="A,B", help="layers to adapt, for specs without targets (default: all)")
+    a("--rounds", type=number(2), default=5, metavar="N", help="rounds, which time every row once each (default: 5)")
+    a("--steps", type=number(1), default=2, metavar="N", help="steps per row and round (default: 2)")
+    a("--inference", action="store_true", help="time the forward pass, also of a merged model (default: a step)")
+    a("--compile", action="store_true", help="compile the steps with torch.compile (default: off)")
+    a("--json", metavar="FILE", help="JSON file for all measurements (default: none)")
     add_device(p)
     flags = p.parse_args(argv)
     layers, *block, batch, tokens = MODELS[flags.model]
@@ -221,21 +224,22 @@ def command(argv):
     specs = compare.all_specs(SPECS, base, flags.targets) if flags.methods == ["all"] else flags.methods
     specs = [spec for spec in compare.plan(specs, base, flags.targets, {}) if spec not in references]
     if flags.inference and not set(specs) - {"full", "head"}:
-        raise InputError("--inference merges a method: give at least one in --methods")
+        raise InputError("--inference merges the last method: give at least one with adapters in --methods")
     run_info = {"model": flags.model, "layers": len(base.blocks), "width": x.shape[2], "batch": len(x),
-             "tokens": x.shape[1], "rounds": flags.rounds, "steps": flags.steps, "device_config": device_config.reason,
-             "torch": torch.__version__}
-    print(", ".join(f"{key} {value}" for key, value in run_info.items()) + "\n")
+                "tokens": x.shape[1], "rounds": flags.rounds, "steps": flags.steps, "device": device_config.reason,
+                "torch": torch.__version__}
+    print(", ".join(f"{key}: {value}" for key, value in run_info.items()) + "\n")
     try:
         rows = measure(bench, references, specs, flags.rounds, flags.steps)
     except KeyboardInterrupt:
         raise Stopped("stopped: nothing was written") from None
-    print(*table_lines(rows, references, flags.inference), "", sep="\n")
-    print("ms: median of the rounds; x: mean ± standard deviation of the ratios, round by round\n"
-          "products: of matrices, counted in a step; saved: what autograd keeps for the backward pass\n"
-          "set-up: each row with an SVD of its own; a comparison does it once for all")
     if flags.json is not None:
-        files.write_text(flags.json, json.dumps({"run_info": run_info, "rows": rows}, indent=1, ensure_ascii=False) + "\n")
+        content = {"run_info": run_info, "rows": rows}
+        files.write_text(flags.json, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    print(*table_lines(rows, references, flags.inference), "", sep="\n")
+    print("ms: median over the rounds; x: mean ± standard deviation of the ratios round by round\n"
+          "matmul FLOPs: counted in a step; activation: what autograd saves for the backward pass\n"
+          "set-up: with an SVD for each row; a comparison computes it once for all")
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def adapting_parser(command, description, data, weights):
     a("--quick", action="store_true", help="smoke test: fewer steps, and few methods unless --methods (default: off)")
     base.add_argument("--init", metavar="MODEL", help=f"base model: a file or {weights} (default: pretrain one)")
     base.add_argument("--base-data", metavar="NAME",
-                      help="dataset for pretraining the base model when --init is not given (default: depends on --data)")
+                      help="dataset for pretraining the base model when --init is not given (default: by --data)")
     lrs.add_argument("--lr", type=number(0, float, True), metavar="X",
                      help="learning rate of every method (default: tuned for each method)")
     lrs.add_argument("--lr-sweep", type=number(1, high=100), metavar="N",

@@ -9,7 +9,7 @@ from . import files
 from .adapting import merge
 from .cli import Parser, add_model, run_command
 from .errors import InputError
-from .model_file import class_of, derived_metadata, load_adapted, save_model
+from .model_file import derived_metadata, load_adapted, save_model
 
 FORMATS = {"GPT": "gpt2", "ViT": "torchvision"}
 
@@ -24,11 +24,10 @@ def command(argv):
     path = Path(flags.out or Path(flags.adapter).parent / "merged.pt")
     if any(path.exists() and Path(name).exists() and path.samefile(name) for name in (flags.init, flags.adapter)):
         raise InputError(f"--out {path} would overwrite what is merged: give another file")
-    model_class = class_of(flags.init)
-    if flags.format not in ("svmini", FORMATS[model_class.__name__]):
-        raise InputError(f"--format {flags.format} does not fit a {model_class.__name__}: "
-                         f"choose svmini or {FORMATS[model_class.__name__]}")
-    model, metadata = load_adapted(flags.init, flags.adapter, model_class, flags.n_head)
+    model, metadata = load_adapted(flags.init, flags.adapter, n_head=flags.n_head)
+    kind = type(model).__name__
+    if flags.format not in ("svmini", FORMATS[kind]):
+        raise InputError(f"--format {flags.format} does not fit a {kind}: choose svmini or {FORMATS[kind]}")
     merge(model)
     if flags.format == "svmini":
         kept = {key: metadata[key] for key in ("data", "data_seed", "classes") if key in metadata}

@@ -3,6 +3,8 @@
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from . import files
 from .adapter_file import load_adapter
 from .data.tokenizers import GPT2_VOCAB
@@ -65,10 +67,11 @@ def load_any(source, model_class=None, n_head=None):
     return model_class.from_pretrained(weights, n_head=n_head), {"data": Path(source).stem, "published": True}
 
 
-def load_adapted(source, adapter, model_class, n_head=None):
+def load_adapted(source, adapter, model_class=None, n_head=None):
     """Return (model, metadata) of a base model with the adapter from a file on it, or without one if adapter is None.
 
-    The model has the dtype of its file. A ViT gets the image size and the classifier of the adapter's training.
+    The model has the dtype that it was trained in, or without an adapter that of its file. A ViT gets the image size
+    and the classifier of the adapter's training.
     """
     model, metadata = load_any(source, model_class, n_head)
     return (model, metadata) if adapter is None else with_adapter(model, metadata, adapter)
@@ -76,7 +79,9 @@ def load_adapted(source, adapter, model_class, n_head=None):
 
 def with_adapter(model, metadata, adapter):
     """Put the adapter from a file on a base model, in place, as in load_adapted. Returns (model, metadata)."""
-    trained_on = files.load(adapter, "adapter")["metadata"]
+    content = files.load(adapter, "adapter")
+    trained_on = content["metadata"]
+    model.to(getattr(torch, content["dtype"], None))   # several dtypes have no such name: the model keeps its own
     if isinstance(model, ViT) and "image_size" in trained_on:
         model.set_input_size(trained_on["image_size"])
         model.reset_classifier(len(trained_on["classes"]))

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The learning-rate sweeps of docs/data/lr_sweeps.csv: five learning rates per method, a factor of 2 apart, centered on the
-# one in svmini/training/learning_rates.py. If the best one was at the edge, the grid in the CSV file was extended by hand.
-# Each sweep uses one base model and seed 0, except for bands on arithmetic, which use seeds 0, 1 and 2.
-# MNIST and FashionMNIST are in DATA_DIR (data). The real ViT needs WEIGHTS and IMAGES, as in real_vit.sh, and is skipped
-# without them. Arguments are appended to every training command: with --steps 2 this is a smoke test.
+# The learning-rate sweeps of docs/data/lr_sweeps.csv: five learning rates per method, a factor of 2 apart, centered on
+# the one in svmini/training/learning_rates.py. If the best one was at the edge, the grid in the CSV file was extended
+# by hand. Each sweep uses one base model and seed 0, except for bands on arithmetic, which use seeds 0, 1 and 2.
+# MNIST and FashionMNIST are in DATA_DIR (data). The real ViT needs WEIGHTS and IMAGES, as in real_vit.sh, and is
+# skipped without them. Arguments are appended to every training command: with --steps 2 this is a smoke test.
 set -euo pipefail
 export OMP_NUM_THREADS=1
 OUT=${OUT:-out/reproduce}
@@ -18,7 +18,8 @@ python train_vit.py pretrain --out $OUT/base-glyphs-0 "$@"
 python train_vit.py --init $OUT/base-glyphs-0/pretrain/model.pt --lr-sweep 5 --out $OUT/sweep-glyphs "$@" \
     --methods head full svft:pattern=plain $BANDED $CONTROL $OTHERS boft:block_size=4,factors=2 \
     boft:block_size=2,factors=1 svft:pattern=random,off_diagonals=0 svft:off_diagonals=32 lora:rank=32 vera:rank=16 \
-    svfit:rank=8 svfit:rank=32 svft:rank=64,off_diagonals=5 svft:rank=32,off_diagonals=12 svft:rank=25,off_diagonals=24 \
+    svfit:rank=8 svfit:rank=32 svft:rank=64,off_diagonals=5 svft:rank=32,off_diagonals=12 \
+    svft:rank=25,off_diagonals=24 \
     svft:pattern=plain@query,key,value,out svft:off_diagonals=2@query,key,value,out \
     svft:pattern=random,off_diagonals=2@query,key,value,out svft:pattern=topk,off_diagonals=2@query,key,value,out \
     svft:off_diagonals=2@query,value svft:off_diagonals=2@query,key,value svft:off_diagonals=2@up,down
@@ -35,15 +36,15 @@ END
 
 for steps in 125 500 2000; do
     python train_vit.py pretrain --steps $steps --out $OUT/base-glyphs-$steps-0 "$@"
-    python train_vit.py --init $OUT/base-glyphs-$steps-0/pretrain/model.pt --lr-sweep 5 --out $OUT/sweep-$steps-steps "$@" \
-        --methods head full svft:pattern=plain svft:off_diagonals=2 lora:rank=8
+    python train_vit.py --init $OUT/base-glyphs-$steps-0/pretrain/model.pt --lr-sweep 5 \
+        --out $OUT/sweep-$steps-steps "$@" --methods head full svft:pattern=plain svft:off_diagonals=2 lora:rank=8
 done
 
 for pair in "mnist fashionmnist" "fashionmnist mnist"; do
     read -r from to <<< "$pair"
     python train_vit.py pretrain --data $from --data-dir "$DATA_DIR" --out $OUT/base-$from-0 "$@"
-    python train_vit.py --init $OUT/base-$from-0/pretrain/model.pt --data $to --data-dir "$DATA_DIR" --val-per-class 50 \
-        --lr-sweep 5 --out $OUT/sweep-$to "$@" --methods head svft:pattern=plain $BANDED $CONTROL
+    python train_vit.py --init $OUT/base-$from-0/pretrain/model.pt --data $to --data-dir "$DATA_DIR" \
+        --val-per-class 50 --lr-sweep 5 --out $OUT/sweep-$to "$@" --methods head svft:pattern=plain $BANDED $CONTROL
 done
 
 python train_gpt.py pretrain --out $OUT/base-text-0 "$@"
@@ -66,7 +67,8 @@ if [ -n "${WEIGHTS:-}" ] && [ -n "${IMAGES:-}" ]; then
     python train_vit.py $FLAGS --per-class 10 --steps 80 --lr-sweep 5 --out $OUT/sweep-real-vit-8 "$@" \
         --methods head full svft:pattern=plain $BANDED lora:rank=1 lora:rank=8 dora:rank=8 vera:rank=256
     python train_vit.py $FLAGS --per-class 50 --steps 200 --lr-sweep 5 --out $OUT/sweep-real-vit-40 "$@" \
-        --methods svft:pattern=plain svft:off_diagonals=2 svft:pattern=plain,basis=random svft:off_diagonals=2,basis=random \
+        --methods svft:pattern=plain svft:off_diagonals=2 svft:pattern=plain,basis=random \
+        svft:off_diagonals=2,basis=random \
         svft:pattern=random,off_diagonals=0 random_mask:off_diagonals=0 random_mask:off_diagonals=2 \
         svft:rank=96,off_diagonals=8 svft:rank=96,off_diagonals=8,basis=random
 fi

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The diagonal of M, as many random positions, and the random basis, on glyphs and arithmetic: three base models, three seeds each.
+# The diagonal of M, as many random positions, and the random basis, on glyphs and arithmetic: three base models, three
+# seeds each.
 # Arguments are appended to every training command: with --steps 2 this is a smoke test.
 set -euo pipefail
 export OMP_NUM_THREADS=1

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Patterns of M at equal parameter count, on the square matrices of the glyph model: three base models, three seeds each.
+# Patterns of M at equal parameter count, on the square matrices of the glyph model: three base models, three seeds
+# each.
 # Arguments are appended to every training command: with --steps 2 this is a smoke test.
 set -euo pipefail
 export OMP_NUM_THREADS=1

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Rank r against band d at equal parameter count on glyphs, with and without the residual: three base models, three seeds each.
+# Rank r against band d at equal parameter count on glyphs, with and without the residual: three base models, three
+# seeds each.
 # Arguments are appended to every training command: with --steps 2 this is a smoke test.
 set -euo pipefail
 export OMP_NUM_THREADS=1

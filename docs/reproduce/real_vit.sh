@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A pretrained DINOv2 ViT-S/14 on 3,000 images of CIFAR-10, with 8 and with 40 training images per class, three draws each.
+# A pretrained DINOv2 ViT-S/14 on 3,000 images of CIFAR-10, with 8 and with 40 training images per class, three draws
+# each.
 # svmini ships neither. WEIGHTS is the file of weights, IMAGES a folder with train and test, and class folders in each.
 # Arguments are appended to every training command: with --steps 2 this is a smoke test.
 set -euo pipefail

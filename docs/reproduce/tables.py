@@ -7,8 +7,8 @@ figures are drawn again if matplotlib is installed. tests/program/test_docs.py r
 import re
 
 import figures
-from measurements import (BAND_2, BAND_8, BASES, DATA, EPYC, GLYPHS, PLAIN, RANDOM_BASIS, cell, difference,
-                          gap_recovered, parameters, read, runs_of, score, select)
+from measurements import (BAND_2, BAND_8, BASES, DATA, EPYC, GLYPHS, PLAIN, RANDOM_BASIS, XEON, cell,
+                          difference, gap_recovered, parameters, read, runs_of, score, select)
 
 RANDOM_PLACES = "svft:pattern=random,off_diagonals=0"
 SQUARE = "@query,key,value,out"
@@ -106,7 +106,8 @@ def bases(data):
     """The base models: test score, cosine to the initialization and energy, each in the order of the seeds."""
     rows = []
     for task in ("glyphs", "mnist", "fashionmnist", "text", "arithmetic"):
-        found = [row for row in select(data["bases"], {"task": task}) if row["steps"] in ("1300", "1600")]
+        found = [row for row in select(data["bases"], {"task": task})
+                 if row["steps"] in ("1300", "1600") and row["machine"] in (XEON, EPYC)]
         found = [row for row in found if row["seed"].isdigit()] or found
         scores = ", ".join(row["metric"] for row in found if row["metric"]) or "-"
         stats = [", ".join(dict.fromkeys(row[key] for row in found))
@@ -145,7 +146,7 @@ def rank_band(data):
 def cost(data):
     columns = {"method": "method", "× full": "x_full", "matmul FLOPs × full": "matmul_flops_x_full",
                "weights MB": "weights_mb", "activation MB": "activation_mb", "gradients, AdamW MB": "optimizer_mb"}
-    methods = ("full", "svfit", BAND_2, BAND_8, "lora:rank=8", "dora:rank=8", "vera:rank=256", "boft:block_size=4,factors=2")
+    methods = ("full", "svfit", BAND_2, BAND_8, "lora:rank=8", "dora:rank=8", "vera:rank=256")
     rows = []
     for method in methods:
         (row,) = select(data["bench"], {"method": method})
@@ -178,7 +179,8 @@ TABLES = {
         data, {"task": "arithmetic, weight decay 0.1"}, ["zero-shot", "full", "svfit", PLAIN, BAND_2, BAND_8, *COMMON],
         more=("gap_recovered", "lr")),
     "real_vit": lambda data: comparison(
-        data, VIT_8, ["head", "full", PLAIN, BAND_2, BAND_8, "lora:rank=1", "lora:rank=8", "dora:rank=8", "vera:rank=256"],
+        data, VIT_8,
+        ["head", "full", PLAIN, BAND_2, BAND_8, "lora:rank=1", "lora:rank=8", "dora:rank=8", "vera:rank=256"],
         baselines=("lora:rank=8", "head")),
     "pattern": lambda data: comparison(
         data, GLYPHS, [PLAIN + SQUARE, BAND_2 + SQUARE, "svft:pattern=random,off_diagonals=2" + SQUARE,

@@ -25,9 +25,9 @@ METHODS = {   # one line per method: its name in a spec, and its class
 WITHOUT_ADAPTERS = ("full", "head")   # specs without adapters: full fine-tuning, and only the modules in also_train
 
 for method in METHODS.values():
-    if not method.examples:
-        raise TypeError(f'{method.__name__} needs examples, such as examples = ("rank=8",), or ("",) for a method without '
-                        "options: without them no test and no row of --methods all would cover it")
+    if not method.examples or isinstance(method.examples, str):
+        raise TypeError(f'{method.__name__} needs examples, such as examples = ("rank=8",), or ("",) for a method '
+                        "without options: without them no test and no row of --methods all would cover it")
 
 
 def options_of(method):

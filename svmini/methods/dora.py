@@ -44,7 +44,8 @@ class DoRA(Adapter):
 
     @property
     def weight(self):
-        return self.ratio()[:, None] * (self.W0 + self.scale * self.B @ self.A)     # (d_out, d_in)
+        V = self.W0 + self.scale * self.B @ self.A
+        return (self.ratio()[:, None] * V).to(self.base_dtype)                      # (d_out, d_in)
 
     def forward(self, x):
         A = self.A.to(self.W0.dtype)

@@ -32,7 +32,7 @@ class RandomMask(Adapter):
     @property
     def weight(self):
         W = self.W0.to(self.e.dtype).flatten()
-        return W.scatter_add(0, self.indices, self.e).view_as(self.W0)              # (d_out, d_in)
+        return W.scatter_add(0, self.indices, self.e).view_as(self.W0).to(self.base_dtype)  # (d_out, d_in)
 
     @staticmethod
     def count(d_out, d_in, *, off_diagonals=2, seed=0):

@@ -44,7 +44,7 @@ class SVFit(Adapter):
             return (self.U * self.s) @ self.Vt                  # (d_out, d_in)
         # U_r diag(s) V_rᵀ + W_e with W_e written out, which is exactly W0 at the start
         U, Vt = self.U.to(self.s.dtype), self.Vt.to(self.s.dtype)
-        return self.W0 + (U * (self.s - self.S)) @ Vt
+        return (self.W0 + (U * (self.s - self.S)) @ Vt).to(self.base_dtype)
 
     def forward(self, x):
         if self.W0 is None:

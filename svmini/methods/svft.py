@@ -80,7 +80,7 @@ class SVFT(Adapter):
         core = self.core()
         U, Vt = self.U.to(core.dtype), self.Vt.to(core.dtype)
         inner = (U * core if core.dim() == 1 else U @ core) @ Vt                    # (d_out, d_in)
-        return inner if self.W0 is None else self.W0 + inner
+        return inner if self.W0 is None else (self.W0 + inner).to(self.base_dtype)
 
     def forward(self, x):
         """x (..., d_in) -> x weightᵀ + b (..., d_out), in the order of products that costs least."""

@@ -1,6 +1,7 @@
 """The thin SVD that methods share, the order of products, and that neither depends on the mode they run in."""
 
 from collections import OrderedDict
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import svmini.methods.svd
-from layers import SHAPES, TOKENS, assert_close, layer_of, linear, shapes_of, tokens, specs
-from svmini import METHODS, adapt
+from layers import SHAPES, adapter, assert_close, layer_of, linear, shapes_of, tokens, specs
+from svmini import adapt
 from svmini.methods import parse_spec
 from svmini.methods.svd import apply_with_residual, apply_factors, clear_svd_cache, thin_svd
 
@@ -81,36 +82,15 @@ def test_the_cache_is_bounded_and_keeps_the_most_recently_used_factors(monkeypat
 
 def test_writing_into_a_frozen_tensor_changes_no_other_layer():
     for spec in ("svfit:", "svft:", "svft:basis=random", "vera:rank=16"):
-        first, second = layer_of(spec, moved=False), layer_of(spec, moved=False)
+        first, second = layer_of(spec), layer_of(spec)
         expected = second.weight.clone()
         for name, tensor in first.named_buffers():
             if tensor.is_floating_point():
                 tensor.fill_(7)
-        assert torch.equal(second.weight, expected) and torch.equal(layer_of(spec, moved=False).weight, expected)
+        assert torch.equal(second.weight, expected) and torch.equal(layer_of(spec).weight, expected)
 
 
 # ---- the order of products ----
-
-# number of F.linear calls on a path: 1 if W is built, 2 if a factor is folded or the core is diagonal, 3 otherwise
-PATHS = {("plain", "square"): (2, 2, 1), ("plain", "wide"): (2, 2, 1), ("plain", "tall"): (2, 2, 1),
-         ("banded", "square"): (3, 1, 1), ("banded", "wide"): (3, 2, 1), ("banded", "tall"): (3, 2, 1)}
-
-
-@pytest.mark.parametrize("pattern, shape", PATHS)
-def test_the_contract_takes_every_path_of_apply_factors(pattern, shape, monkeypatch):
-    layer, calls, taken = layer_of(f"svft:pattern={pattern}", shape), [], []
-
-    def recorded(x, weight, bias=None):
-        calls.append(weight.shape)
-        return F.linear(x, weight, bias)
-
-    monkeypatch.setattr(svmini.methods.svd, "F", type("Recorder", (), {"linear": staticmethod(recorded)}))
-    for T in TOKENS:
-        calls.clear()
-        layer(tokens(T, layer.in_features))
-        taken.append(len(calls))
-    assert tuple(taken) == PATHS[pattern, shape]
-
 
 def flops(forward, T, d_in, *trained):
     """Count the matrix products of a step, forward and backward to x and the trained tensors."""
@@ -136,6 +116,8 @@ def test_no_exact_order_is_cheaper_than_apply_factors(kind, shape):
                   lambda x, C: F.linear(F.linear(F.linear(x, Vt), C), U),
                   lambda x, C: F.linear(F.linear(x, C @ Vt), U), lambda x, C: F.linear(F.linear(x, Vt), U @ C)]
     for T in MANY:
+        x = tokens(T, shape[1])
+        assert_close(apply_factors(x, U, core, Vt, None), orders[0](x, core), 1e-12)
         taken = flops(lambda x, c: apply_factors(x, U, c, Vt, None), T, shape[1], core)
         assert taken == min(flops(order, T, shape[1], core) for order in orders)
 
@@ -173,49 +155,41 @@ def test_the_two_orders_of_vera_are_equal_and_the_cheaper_one_is_taken(rank, sha
 
 # ---- modes ----
 
-@pytest.mark.parametrize("mode", (lambda: torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode),
-                         ids=("autocast", "inference_mode"))
-@pytest.mark.parametrize("spec", ("lora:rank=4,init=pissa", "svfit:", "svft:", "svft:basis=random", "dora:", "vera:"))
-def test_an_adapter_built_in_a_mode_starts_exactly_and_can_be_trained(spec, mode):
-    """Autocast must not round PiSSA's start, and tensors created in inference mode could not be used in training."""
-    method, options, _ = parse_spec(spec)
-    clear_svd_cache()
-    svmini.methods.svft.orthonormal.cache_clear()
-    svmini.methods.vera.uniform.cache_clear()
-    model, tall = nn.ModuleDict({"query": linear(dtype=torch.float32)}), linear("tall")
-    with mode():
-        layer = adapt(model, method, targets=("query",), **options).query
-        METHODS[method](tall, **options)
-    assert_close(layer.weight, linear(dtype=torch.float32).weight, 1e-6)
-    for later in (layer, layer_of(spec, "tall")):           # another layer, from caches that were filled in the mode
-        later(tokens(5, 16).to(later.bias.dtype).requires_grad_()).sum().backward()
-        torch.optim.SGD(later.parameters(), lr=0.1).step()
+@contextmanager
+def other_defaults():
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.parametrize("mode", (lambda: torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode,
+                                  other_defaults), ids=("autocast", "inference_mode", "defaults"))
 @pytest.mark.parametrize("spec", specs())
-def test_random_tensors_do_not_depend_on_the_default_device_and_dtype(spec):
-    method, options, _ = parse_spec(spec)
-    for shape in shapes_of(spec)[:2]:
-        base, x = linear(shape, torch.float32), tokens(5, shape[1], torch.float32)
+def test_a_layer_does_not_depend_on_the_mode_in_which_it_is_built(spec, mode):
+    """Autocast must not round a start, draws follow the CPU and the dtype of the weight, and tensors that are created
+    in inference mode could not be trained with, neither now nor by another layer that finds them in a cache."""
+    shape = shapes_of(spec)[0]
+    models = [nn.ModuleDict({"query": linear(shape, torch.float32)}) for _ in range(2)]
 
-        def made():
-            svmini.methods.svft.orthonormal.cache_clear()
-            svmini.methods.vera.uniform.cache_clear()
-            clear_svd_cache()
-            torch.manual_seed(3)
-            layer = METHODS[method](base, **options)
-            return [*layer.parameters(), *layer.buffers(), layer.weight, layer(x)]
+    def build(model):
+        clear_svd_cache()
+        svmini.methods.svft.orthonormal.cache_clear()
+        svmini.methods.vera.uniform.cache_clear()
+        torch.manual_seed(3)
+        method, options, _ = parse_spec(spec)
+        return adapt(model, method, targets=("query",), **options).query
 
-        expected = made()
-        torch.set_default_dtype(torch.float64)
-        torch.set_default_device("meta")
-        try:
-            got = made()
-        finally:
-            torch.set_default_dtype(torch.float32)
-            torch.set_default_device(None)
-        for a, b in zip(got, expected):
-            assert torch.equal(a, b) and a.dtype == b.dtype
+    expected = build(models[0]).state_dict()
+    with mode():
+        layer = build(models[1])
+    assert all(torch.equal(t, expected[name]) and t.dtype == expected[name].dtype
+               for name, t in layer.state_dict().items())
+    for later in (layer, adapter(spec, linear(shape, torch.float32))):
+        later(tokens(5, shape[1], torch.float32).requires_grad_()).sum().backward()
+        torch.optim.SGD(later.parameters(), lr=0.1).step()
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -24,7 +24,7 @@ def test_pretrain_uses_the_dataset_and_the_sizes_of_its_flags(little, tmp_path):
             (train_gpt, "arithmetic", "arithmetic +", {"vocab_size": 13, "block_size": 12}),
             (train_vit, "glyphs", "glyphs A", {"image_size": 24, "patch_size": 6, "num_classes": 34})):
         out = tmp_path / name.replace("/", "_")
-        argv = [script, "pretrain", "--data", data, *small, *(["--block-size", 20] if data == prose else []), "--out", out]
+        argv = [script, "pretrain", "--data", data, *small, *["--block-size", 20][:2 * (data == prose)], "--out", out]
         assert f"pretraining on {name}," in call(*argv) and not (out / "results.json").exists()
         model, metadata = load_model(out / "pretrain" / "model.pt", ViT if script is train_vit else GPT)
         assert metadata["data"].startswith(name) and metadata["run_config"]["data"] == name

@@ -1,4 +1,4 @@
-"""The bench: its rows, what it counts against numbers worked out by hand, and the order of its rounds."""
+"""The bench: its rows, its counts against numbers worked out by hand, and the order of its rounds."""
 
 import copy
 import json
@@ -9,7 +9,6 @@ import torch.nn as nn
 
 from svmini import METHODS, bench
 from svmini.cli import run_command
-from svmini.methods import svd
 from svmini.training.device import resolve_device
 
 SMALL = "--layers 1 --batch 2 --tokens 8 --rounds 2 --steps 1 --device cpu".split()
@@ -19,12 +18,12 @@ N = B * T   # tokens in a batch
 
 def make(inference=False, **device_config):
     torch.manual_seed(0)
-    return bench.Bench(bench.Blocks(1, D, 4, bench.GPT), torch.randn(B, T, D), torch.tensor([0, 1]),
+    return bench.Bench(bench.Blocks(1, D, 4, bench.GPT_BLOCK), torch.randn(B, T, D), torch.tensor([0, 1]),
                        resolve_device("cpu", "float32", **device_config), inference)
 
 
 def table_of(out):
-    """{method: {column: cell}} of the Markdown table in what was printed."""
+    """Return {method: {column: cell}} of the Markdown table in a text."""
     head, _, *rows = [[c.strip() for c in s.strip("|").split("|")] for s in out.splitlines() if s.startswith("|")]
     return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
 
@@ -46,56 +45,56 @@ def test_a_row_for_every_spec(flags, first, last, tmp_path, capsys):
     assert rows["svfit"]["weights_mb"] > rows["lora:rank=8"]["weights_mb"] > rows["head"]["weights_mb"]
 
 
-def test_rounds_go_forth_and_back_after_a_warm_up():
+def test_rounds_alternate_their_order_after_a_warm_up():
     called = []
     times = bench.time_rounds({n: lambda n=n: called.append(n) for n in "abc"}, 2, 2, torch.device("cpu"))
     assert "".join(called) == "abc" + "ccbbaa" + "aabbcc"
     assert {n: len(ms) for n, ms in times.items()} == {"a": 2, "b": 2, "c": 2}
 
 
-# one block has 12 D² weights; in units of 2 N D² operations: a product of x, of its gradient, of the weight's
+# a block has 12 D² weights; unit: 2 N D² operations, for a product of x, of its gradient or of the weight's gradient
 @pytest.mark.parametrize("spec, units", [
     ("full", 36), ("frozen", 24),
     ("head", 12),                           # no gradient passes the blocks
     ("svfit", 3 * 3 + 4 + 2 * 10),          # N < 2D: Vᵀ x and U; before query, key, value nothing needs a gradient
     ("lora:rank=8@down", 12 + (2 * 4 + 3 * 1) * 8 / D)])    # A is 4 D wide: x and dA; B: added in place, dB, B's input
-def test_operations_of_a_step(spec, units):
+def test_the_matmul_flops_of_a_step(spec, units):
     here = make()
-    found = bench.flops_of(bench.Step(bench.row_model(spec, here), here))
+    found = bench.matmul_flops(bench.Step(bench.row_model(spec, here), here))
     attention = 4 * N * T * D * {"head": 1, "lora:rank=8@down": 1}.get(spec, 3)   # q kᵀ and p v, forward and backward
     head = 4 * B * D * {"head": 2}.get(spec, 3)                                   # its input's gradient, or not
     assert found == round(2 * N * D * D * units) + attention + head
 
 
-def test_what_autograd_saves():
+def test_the_activation_bytes_are_what_autograd_saves():
     model, x = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2)), torch.randn(3, 4)
     model.register_buffer("scale", torch.ones(3, 2))
     saved = {}
 
     def forward():
         saved["y"] = model(x) * model.scale                         # the buffer is saved, and is the model's own
-    assert bench.saved_bytes(model, forward) == 4 * (3 * 4 + 3 * 8 + 3 * 8)     # x, GELU's input, GELU's output
+    assert bench.activation_bytes(model, forward) == 4 * (3 * 4 + 3 * 8 + 3 * 8)     # x, GELU's input, GELU's output
     model[0].requires_grad_(False)
     model[2].weight.requires_grad_(False)
-    assert bench.saved_bytes(model, forward) == 0                   # a bias needs none of it
-    long = torch.randn(5, 4, requires_grad=True)                    # parts of one storage count once, and whole
-    assert bench.saved_bytes(model, lambda: saved.update(z=long[:2] * long[2:4])) == 4 * 5 * 4
+    assert bench.activation_bytes(model, forward) == 0                   # a bias needs none of it
+    long = torch.randn(5, 4, requires_grad=True)                    # two parts of a storage count as all of it, once
+    assert bench.activation_bytes(model, lambda: saved.update(z=long[:2] * long[2:4])) == 4 * 5 * 4
 
 
-def test_memory_of_full_and_head():
+def test_the_memory_of_full_and_head():
     here, n = make(), 12 * D * D + 9 * D + 4 * D       # weights, biases, two LayerNorms
-    found = {w: bench.account(bench.Step(model, here), model) for w in ("full", "head", "lora:rank=2@query")
+    found = {w: bench.measure_memory(bench.Step(model, here), model) for w in ("full", "head", "lora:rank=2@query")
              for model in [bench.row_model(w, here)]}
     assert found["full"]["weights_mb"] == pytest.approx(4 * (n + 2 * D + 2) / 1e6)
-    steps = 16 + 2                                     # AdamW counts its steps, a number for each of the 18 tensors
+    steps = 16 + 2                                     # AdamW has a step count for each of the 18 tensors
     assert found["full"]["state_mb"] == pytest.approx(4 * (3 * (n + 2 * D + 2) + steps) / 1e6)
     assert found["head"]["state_mb"] == pytest.approx(4 * (3 * (2 * D + 2) + 2) / 1e6)
     assert found["lora:rank=2@query"]["state_mb"] == pytest.approx(4 * (3 * (4 * D + 2 * D + 2) + 4) / 1e6)
-    assert found["head"]["saved_mb"] == pytest.approx((4 * (B * D + 2 * B) + 8 * B + 4) / 1e6)     # x; of the loss
-    assert found["full"]["saved_mb"] > found["lora:rank=2@query"]["saved_mb"] > found["head"]["saved_mb"]
+    assert found["head"]["activation_mb"] == pytest.approx((4 * (B * D + 2 * B) + 8 * B + 4) / 1e6)     # x; of the loss
+    assert found["full"]["activation_mb"] > found["lora:rank=2@query"]["activation_mb"] > found["head"]["activation_mb"]
 
 
-def test_what_each_row_trains():
+def test_each_row_trains_its_parameters():
     start = make()
     names = {n for n, _ in start.base.named_parameters()}
     trained = {w: {n for n, p in bench.row_model(w, start).named_parameters() if p.requires_grad}
@@ -108,7 +107,7 @@ def test_what_each_row_trains():
 
 
 @pytest.mark.parametrize("inference", (False, True))
-def test_a_step_trains_and_a_forward_pass_does_not(inference):
+def test_a_step_changes_the_weights_and_a_forward_pass_does_not(inference):
     here = make(inference)
     model = bench.row_model("full", here)
     before = copy.deepcopy(model.state_dict())
@@ -117,18 +116,20 @@ def test_a_step_trains_and_a_forward_pass_does_not(inference):
     assert set(same.values()) == {inference} and all(p.grad is None for p in model.parameters())
 
 
-def test_every_row_pays_for_its_own_svd_and_the_merged_one_is_plain(monkeypatch):
-    known, seen, compiled = [], [], []
-    real, step = bench.row_model, bench.Step
-    monkeypatch.setattr(bench, "row_model", lambda spec, b: known.append(len(svd._known)) or real(spec, b))
+def test_every_row_computes_its_own_svd_and_the_merged_row_has_plain_layers(monkeypatch):
+    seen, computed, compiled, step, svd = [], [], [], bench.Step, torch.linalg.svd
     monkeypatch.setattr(bench, "Step", lambda model, b: seen.append(type(model.blocks[0].mlp.up)) or step(model, b))
+    monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: computed.append(a) or svd(*a, **k))
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
-    bench.measure(make(inference=True, compile=True), ("base",), ["svfit", "svft"], 2, 1)
-    assert known == [0, 0, 0] and not svd._known, "factors of a row stay in memory"
+    here = make(inference=True, compile=True)
+    bench.measure(here, ("base",), ["svfit", "svft"], 2, 1)
+    assert len(computed) == 6 + 6, "one per layer and row"
     assert seen == [nn.Linear, METHODS["svfit"], METHODS["svft"], nn.Linear] and len(compiled) == 4
+    bench.row_model("svfit", here)
+    assert len(computed) == 6 + 6 + 6, "the factors of the last row must not stay in memory"
 
 
-def test_all_finds_a_method_that_is_dropped_in(monkeypatch, capsys):
+def test_methods_all_includes_a_new_method(monkeypatch, capsys):
     monkeypatch.setattr(bench, "SPECS", ["lora:rank=8"])
     monkeypatch.setitem(METHODS, "new", METHODS["random_mask"])
     assert run_command(bench.command, [*SMALL, "--methods", "all", "--targets", "query,up"]) == 0
@@ -137,13 +138,13 @@ def test_all_finds_a_method_that_is_dropped_in(monkeypatch, capsys):
     assert len(rows) == 2 + examples, "every example is a row, lora:rank=8 once"
 
 
-@pytest.mark.parametrize("argv, specs", [
+@pytest.mark.parametrize("argv, parts", [
     ("--model gpt3", ["--model", "gpt2"]), ("--rounds 1", ["--rounds", "of at least 2", "'1'"]),
     ("--no-such-flag", ["--no-such-flag"]), ("--methods svfti", ["svfti", "svfit"]),
     ("--methods svft:pattern=topk", ["topk", "up", "512x128"]), ("--methods merged", ["no method 'merged'"]),
     ("--targets qwery --methods head", ["'qwery'", "query"]), ("--inference --methods head", ["at least one"])])
-def test_bad_flags_are_one_line(argv, specs, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "measure", lambda *a: pytest.fail("the work started"))
+def test_bad_flags_are_refused_in_one_line(argv, parts, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "measure", lambda *a: pytest.fail("the measurement started"))
     assert run_command(bench.command, [*SMALL, *argv.split()]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and all(spec in error for spec in specs), error
+    assert error.startswith("error: ") and error.count("\n") == 1 and all(part in error for part in parts), error

@@ -1,8 +1,9 @@
-"""Bad input gives one line with what is wrong and what to do, exit code 2, and writes nothing. Bugs keep a traceback."""
+"""Bad input gives one line with what is wrong and what to do, exit code 2, and no files. Bugs keep their traceback."""
 
 import argparse
 import functools
 import io
+import os
 import sys
 
 import pytest
@@ -70,7 +71,7 @@ def quick(monkeypatch):
 
 
 def refused(main, argv, parts, folder, capsys):
-    """Assert that main(argv) prints one line with all parts, returns 2 and leaves every file of the folder as it was."""
+    """Assert that main(argv) prints one line with all parts, returns 2 and leaves the files of the folder as they were."""
     def listing():
         return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -98,10 +99,12 @@ FLAGS = [
     ("--steps 0", "--steps", "a whole number of at least 1"), ("--steps -3", "of at least 1", "'-3'"),
     ("--steps 2.5", "a whole number", "'2.5'"), (f"--steps {2**63}", "a whole number"),
     ("--batch-size 0", "--batch-size"),
-    ("--seed -1", "--seed", "of at least 0"), ("--seeds 0", "--seeds", "from 1 to 1000"), ("--lr-sweep 0", "--lr-sweep"),
+    ("--seed -1", "--seed", "of at least 0"), ("--seeds 0", "--seeds", "from 1 to 1000"),
+    ("--lr-sweep 0", "--lr-sweep"),
     ("--seeds 1000000000", "--seeds", "from 1 to 1000"), ("--lr-sweep 1000000000", "--lr-sweep", "from 1 to 100"),
     ("--save-every -1", "--save-every", "of at least 0"), ("--eval-every 1.5", "--eval-every"),
-    ("--grad-accum-steps 0", "--grad-accum-steps", "of at least 1"), ("pretrain --n-layer 0", "--n-layer", "of at least 1"),
+    ("--grad-accum-steps 0", "--grad-accum-steps", "of at least 1"),
+    ("pretrain --n-layer 0", "--n-layer", "of at least 1"),
     ("pretrain --d-model x", "--d-model", "a whole number"), ("--data xyz", "no 'xyz'", "choose from"),
     ("--device gpu", "--device", "'gpu'", "cpu"), ("--dtype float8", "--dtype", "'float8'", "bfloat16"),
     ("--targets ,", "--targets", "query,value"), ("--methods", "--methods", "expected at least one"),
@@ -109,8 +112,8 @@ FLAGS = [
     ("--methods svft lroa:rank=8", "did you mean 'lora'?"),
     ("--methods lora:rnak=8", "lora has no option 'rnak'", "did you mean 'rank'?"),
     ("--methods svfit:off_diagonals=2", "svfit has no option 'off_diagonals'", "rank, energy"),
-    ("--methods full:rank=2", "full has no option 'rank'", "takes no options"), ("--methods lora:rank", "name=value"),
-    ("--methods lora:rank=", "name=value"), ("--methods lora@", "after @ come targets"),
+    ("--methods full:rank=2", "full has no option 'rank'", "it has no options"), ("--methods lora:rank", "name=value"),
+    ("--methods lora:rank=", "name=value"), ("--methods lora@", "targets follow the @"),
     ("--methods full@up", "no targets"),
     ("--methods lora:rank=1,rank=2", "rank is given twice"), ("--methods svfit,rank=8", "options follow a colon"),
 ]
@@ -124,17 +127,17 @@ def test_a_bad_flag_is_refused_before_a_folder_is_made(script, argv, parts, tmp_
     assert not list(tmp_path.iterdir())
 
 
-# What is refused once the sizes of the model, a file or the data are known, but before pretraining. FILES: see `things`.
+# What is refused once the model, a file or the data are known, but before pretraining. FILES: see `things`.
 BOTH = [
-    ("--methods lora:rank=x", "rank must be a whole number", "'x'"), ("--methods lora:rank=2.5", "2.5"),
+    ("--methods lora:rank=x", "rank must be an integer", "'x'"), ("--methods lora:rank=2.5", "2.5"),
     ("--methods lora:rank=999", "lora does not fit blocks.0.attention.query (128x128)", "128"),
     ("--methods full svft svfit:rank=999", "svfit does not fit"), ("--methods svft:off_diagonals=128", "127"),
     ("--methods svft:pattern=diagonal", "pattern", "'diagonal'", "banded"),
     ("--methods svft:pattern=topk", "svft does not fit", "up (512x128)", "topk", "square"),
-    ("--methods svfit:rank=2,energy=0.9", "not both"), ("--methods vera:rank=-1", "rank must be a whole number"),
+    ("--methods svfit:rank=2,energy=0.9", "not both"), ("--methods vera:rank=-1", "rank must be an integer"),
     ("--methods boft:block_size=3", "block_size must be even"), ("--methods boft:factors=9", "not divisible"),
-    ("--methods svft@query,valeu", "'valeu' matches no layer", "did you mean 'value'?"),
-    ("--methods svft --targets quer", "'quer' matches no layer", "did you mean 'query'?"),
+    ("--methods svft@query,valeu", "'valeu' matches no layer", "targets can be: query, key, value"),
+    ("--methods svft --targets quer", "'quer' matches no layer", "targets can be: query, key, value"),
     ("--methods svft --targets norm1", "LayerNorm"), ("--methods svft --targets head", "head"),
     ("--methods all svft", "no method 'all'"), ("--base-data xyz", "xyz"),
     ("--init FILES/none.pt", "none.pt' is neither a file nor one of"), ("--init FILES", "is neither a file nor one of"),
@@ -145,13 +148,14 @@ BOTH = [
 ]
 TABLES = {
     "gpt": BOTH + [
-        ("--data topic", "no 'topic'", "did you mean 'topics'?"), ("--methods head", "no head that could be trained alone"),
+        ("--data topic", "no 'topic'", "did you mean 'topics'?"),
+        ("--methods head", "no head that could be trained alone"),
         ("--data file:", "no 'file:'"), ("--data file:FILES/none.txt", "there is no file", "none.txt"),
         ("--data file:FILES", "there is no file"), ("--data file:FILES/tiny.txt", "too short to train on"),
         ("--data file:FILES/one.txt", "paragraphs", "at least 10"), ("--data file:FILES/latin.txt", "not UTF-8 text"),
         ("--data qa:FILES/none", "there is no file"),
-        ("--data qa:FILES/half.jsonl", "half.jsonl, line 2", 'no "answer"'),
-        ("--data qa:FILES/few.jsonl", "9 different questions: at least 10"),
+        ("--data qa:FILES/half.jsonl", "half.jsonl, line 2", 'is not JSON in UTF-8 with two strings'),
+        ("--data qa:FILES/few.jsonl", "has 9 different questions, at least 10"),
         ("--init FILES/vit.pt", "holds a ViT, not a GPT"),
         ("--init FILES/raw-vit.pt", "weights of a ViT in torchvision's format, not of a GPT"),
         ("--init vit_b_16", "'vit_b_16' is neither a file nor one of gpt2"), ("--init FILES/raw-gpt.pt", "give n_head"),
@@ -160,7 +164,7 @@ TABLES = {
         ("--init FILES/nameless.pt", "does not name its tokenizer"),
         ("--data arithmetic --init FILES/text.pt", "text.pt", "does not go with --data arithmetic"),
         ("--data topics --init FILES/arithmetic.pt", "was trained on arithmetic", "does not go with --data topics"),
-        ("--data topics --base-data arithmetic", "arithmetic was trained on arithmetic", "does not go with --data topics"),
+        ("--data topics --base-data arithmetic", "arithmetic was trained on arithmetic", "--data topics"),
         ("--block-size 129 --init FILES/text.pt", "--block-size 129 exceeds the 128 tokens"),
         ("--data arithmetic --block-size 64", "text"),
         ("pretrain --data arithmetic --block-size 64", "--block-size belongs to text"),
@@ -177,7 +181,7 @@ TABLES = {
         ("--data folder:FILES", "there is no dataset for pretraining"), ("--data folder", "no 'folder'", "folder:PATH"),
         ("--data folder: --init FILES/vit.pt", "no 'folder:'"), ("--data mnist", "--data-dir"),
         ("--data folder:FILES/none --init FILES/vit.pt", "there is no folder", "none"),
-        ("--data folder:FILES --init FILES/vit.pt", "no folder of class folders"),
+        ("--data folder:FILES --init FILES/vit.pt", "has the class folders (none)"),
         ("pretrain --data eurosat", "--data-dir"),
         ("--init FILES/arithmetic.pt", "holds a GPT, not a ViT"),
         ("--init FILES/raw-gpt.pt", "weights of a GPT in GPT-2's format, not of a ViT"),
@@ -197,9 +201,9 @@ TABLES = {
             ("notes.pt", "not a readable svmini adapter"), ("vit-adapter.pt", "vit-adapter.pt"))),
         ("--init FILES/text.pt --adapter FILES/gpt-adapter.pt --prompt 1", "trained on another base")],
     "predict": [
-        ("--init FILES/arithmetic.pt", "holds a GPT, not a ViT"), ("--init FILES/nameless-vit.pt", "give --data"),
-        ("--init FILES/vit.pt --data glyphs", "glyphs B has 26 classes, and the model knows 34"),
-        ("--init FILES/vit.pt --data xyz", "no picture set 'xyz'"),
+        ("--init FILES/arithmetic.pt", "holds a GPT, not a ViT"), ("--init FILES/nameless-vit.pt", "give it as --data"),
+        ("--init FILES/vit.pt --data glyphs", "but the model has 34"),
+        ("--init FILES/vit.pt --data xyz", "no image dataset 'xyz'"),
         ("--init FILES/cut.pt", "cut.pt is not a file of weights"),
         ("--init FILES/vit.pt --adapter FILES/gpt-adapter.pt", "gpt-adapter.pt"),
         ("--init FILES/vit.pt --out FILES/notes.pt", "notes.pt"),
@@ -236,8 +240,8 @@ def test_an_unusable_out_or_device_is_refused_at_the_start(script, tmp_path, cap
         if not there:
             argv = ["--device", device, "--out", str(tmp_path / "new")]
             refused(MAINS[script], argv, [f"'{device}' is not available", "cpu"], tmp_path, capsys)
-    monkeypatch.setattr(cli.tempfile, "TemporaryFile", lambda dir: (_ for _ in ()).throw(OSError(30, f"read-only: {dir}")))
-    refused(MAINS[script], ["--out", str(tmp_path / "r")], [f"read-only: {tmp_path / 'r'}"], tmp_path, capsys)
+    monkeypatch.setattr(cli.tempfile, "TemporaryFile", lambda dir: os.open(f"{dir}/none/x", os.O_RDONLY))   # an OSError
+    refused(MAINS[script], ["--out", str(tmp_path / "r")], [str(tmp_path / "r")], tmp_path, capsys)
 
 
 @pytest.mark.parametrize("error, code", [
@@ -338,7 +342,7 @@ def test_a_method_spec_is_parsed(spec, parsed):
 @pytest.mark.parametrize("spec, message", [
     ("", "there is no method ''"), ("lora rank=8", "no method"), ("LoRA", "no method 'LoRA'"),
     (":rank=8", "no method ''"),
-    ("lora:rank=8@", "after @"), ("lora:=8", "has no option ''")])
+    ("lora:rank=8@", "targets follow the @"), ("lora:=8", "has no option ''")])
 def test_an_invalid_method_spec_is_refused(spec, message):
     with pytest.raises(InputError, match=message):
         parse_spec(spec)

@@ -1,17 +1,24 @@
-"""Models of other libraries: adapt, three steps, evaluation, merge, save, and load on a fresh copy.
+"""Models of other libraries in float32 and bf16: adapt, three steps, evaluation, merge, save, and load on a fresh copy.
 
 Those of torch and torchvision always; those of transformers and timm if these are installed."""
 
 import copy
-import warnings
 
 import pytest
 import torch
 import torch.nn as nn
 from adapted import ONE_EACH, assert_close, fit, noise, rejected, train
 
-from svmini import GPT, GPTConfig, adapt, count_trainable, load_adapter, merge, save_adapter
+from svmini import GPT, adapt, count_trainable, load_adapter, merge, save_adapter
 from svmini.adapting import adapters_of
+
+
+EPS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+def like(model, *shape):
+    """Noise in the model's dtype."""
+    return noise(*shape).to(next(model.parameters()).dtype)
 
 
 @torch.no_grad()
@@ -22,9 +29,10 @@ def evaluate(model, outputs):
     return out
 
 
-def run(spec, base, outputs, targets, path, eps=1e-5, **more):
+def run(spec, base, outputs, targets, path, dtype=torch.float32, **more):
     """Everything that a user does with one model. outputs(model) -> tensor. Returns the merged model."""
-    base, fresh = base.eval(), copy.deepcopy(base).eval()
+    base, eps = base.to(dtype).eval(), EPS[dtype]
+    fresh = copy.deepcopy(base)
     start = evaluate(base, outputs)
     model = fit(spec, base, targets, **more)
     assert model is base and len(adapters_of(model)) == len(model.adaptation["layers"]) > 0
@@ -58,7 +66,8 @@ def encoder():
 
 def attend(model):
     """nn.MultiheadAttention reads the weight of out_proj and never calls it, in training and in evaluation."""
-    return model[0](noise(3, 5, 16), noise(3, 5, 16), noise(3, 5, 16), need_weights=False)[0]
+    x = like(model, 3, 5, 16)
+    return model[0](x, x, x, need_weights=False)[0]
 
 
 def vision_transformer():
@@ -70,22 +79,22 @@ def vision_transformer():
 TARGETS = ("out_proj", "linear1", "linear2")
 PADDED = torch.arange(5).expand(3, 5) >= torch.tensor([[5], [3], [4]])
 TORCH = {   # the model, its outputs, targets, also_train
-    "encoder": (encoder, lambda m: torch.cat([m(noise(3, 5, 16)), m(noise(3, 5, 16), src_key_padding_mask=PADDED)
+    "encoder": (encoder, lambda m: torch.cat([m(like(m, 3, 5, 16)), m(like(m, 3, 5, 16), src_key_padding_mask=PADDED)
                                               .masked_fill(PADDED[..., None], 0)]), TARGETS, ()),
     "attention": (lambda: nn.Sequential(nn.MultiheadAttention(16, 2)), attend, ("out_proj",), ()),
-    "vit": (vision_transformer, lambda m: m(noise(4, 3, 8, 8)), ("out_proj", "mlp.0", "mlp.3"), ("heads",)),
+    "vit": (vision_transformer, lambda m: m(like(m, 4, 3, 8, 8)), ("out_proj", "mlp.0", "mlp.3"), ("heads",)),
 }
 
 
+@pytest.mark.parametrize("dtype", EPS, ids=str)
 @pytest.mark.parametrize("spec", ONE_EACH)
 @pytest.mark.parametrize("name", TORCH)
-def test_torch(name, spec, path):
+@pytest.mark.filterwarnings("ignore:half precision loses small steps", "ignore:The PyTorch API of nested tensors")
+def test_torch(name, spec, dtype, path):
     make, outputs, targets, also_train = TORCH[name]
     torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The PyTorch API of nested tensors")
-        merged = run(spec, make(), outputs, targets, path, also_train=also_train)
-    plain = make()
+    merged = run(spec, make(), outputs, targets, path, dtype, also_train=also_train)
+    plain = make().to(dtype)
     plain.load_state_dict(merged.state_dict())                           # it is a plain model again
     assert_close(evaluate(plain, outputs), evaluate(merged, outputs))
 
@@ -131,40 +140,41 @@ HUGGING_FACE = {   # the model's class: its configuration, inputs, targets, also
 }
 
 
-def hugging_face(name):
-    """(make, outputs, targets, also_train) of a tiny model with random weights."""
+@pytest.mark.parametrize("dtype", EPS, ids=str)
+@pytest.mark.parametrize("name", HUGGING_FACE)
+@pytest.mark.filterwarnings("ignore:half precision loses small steps")
+def test_hugging_face(name, dtype, path, tmp_path):
     transformers = pytest.importorskip("transformers")
     config, sizes, inputs, targets, also_train = HUGGING_FACE[name]
     model_class, config = getattr(transformers, name), getattr(transformers, config)(**sizes)
     targets = targets or [layer for layer, module in model_class(config).named_modules()   # names differ by version
                           if isinstance(module, nn.Linear) and layer not in also_train]
+    inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+
+    def outputs(model):
+        return model(**inputs).logits
+
     torch.manual_seed(0)
-    return lambda: model_class(config), lambda model: model(**inputs).logits, targets, also_train
-
-
-@pytest.mark.parametrize("name", HUGGING_FACE)
-def test_hugging_face(name, path, tmp_path):
-    make, outputs, targets, also_train = hugging_face(name)
     for spec in ONE_EACH:
-        merged = run(spec, make(), outputs, targets, path, also_train=also_train)
+        merged = run(spec, model_class(config), outputs, targets, path, dtype, also_train=also_train)
     merged.save_pretrained(tmp_path / "merged")
-    again = type(merged).from_pretrained(tmp_path / "merged")
+    again = model_class.from_pretrained(tmp_path / "merged", dtype=dtype)
     assert_close(evaluate(again, outputs), evaluate(merged, outputs))
 
 
-def hugging_face_gpt2():
+@pytest.mark.parametrize("dtype", EPS, ids=str)
+def test_hugging_faces_gpt2_is_redirected_to_ours(dtype, path):
+    """Its layers are no nn.Linear. The model that the error suggests is the same, and can be adapted."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=32, n_positions=8, n_embd=16, n_layer=1,
-                                                                n_head=2)).eval()
-
-
-def test_hugging_faces_gpt2_is_redirected_to_ours():
-    model = hugging_face_gpt2()
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=32, n_positions=8, n_embd=16, n_layer=1,
+                                                                 n_head=2)).to(dtype).eval()
     with rejected(model, "c_attn", "Conv1D", "GPT.from_pretrained(model.state_dict())"):
         adapt(model, "svft", targets=("c_attn",))
-    ours = GPT.from_pretrained(model.state_dict(), n_head=2).eval()       # and the suggestion works
-    assert_close(ours(TOKENS), model(TOKENS).logits)
+    ours = GPT.from_pretrained(model.state_dict(), n_head=2).to(dtype).eval()
+    assert_close(ours(TOKENS), model(TOKENS).logits, EPS[dtype])
+    for spec in ONE_EACH:
+        run(spec, copy.deepcopy(ours), lambda m: m(TOKENS), GPT.targets, path, dtype)
 
 
 def test_timm_vit(path):

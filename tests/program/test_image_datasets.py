@@ -1,11 +1,9 @@
 """Image datasets, in small copies with the layout of the real files: draws, splits, missing and damaged files."""
 
-import os
 import shutil
 import sys
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from torchvision import datasets
 from fake_datasets import TEST, build, build_flowers, build_mnist, build_tree
 from svmini.data import glyphs, image_datasets
 from svmini.data.image_datasets import IMAGE_DATASETS, ImageDataset, open_images
-from svmini.data.images import describe, prepare
+from svmini.data.images import describe
 from svmini.errors import InputError, MissingFile
 
 WITHOUT_TEST = ["eurosat", "folder"]
@@ -187,19 +185,3 @@ def test_flowers_without_scipy_name_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.io", None)   # makes the import fail
     with pytest.raises(InputError, match="cannot read flowers102 .* pip install scipy"):
         open_images("flowers102", tmp_path)
-
-
-def test_the_real_mnist(tmp_path):
-    packed = Path(os.environ.get("SVMINI_SHARED", "")) / "data" / "MNIST" / "raw"
-    if "SVMINI_SHARED" not in os.environ or not packed.is_dir():
-        pytest.skip("SVMINI_SHARED names no folder with data/MNIST/raw/*.gz")
-    (tmp_path / "MNIST" / "raw").mkdir(parents=True)   # a copy, because torchvision unpacks next to the files
-    for file in packed.glob("*.gz"):
-        shutil.copyfile(file, tmp_path / "MNIST" / "raw" / file.name)
-    source = open_images("mnist", tmp_path, 0, 50)
-    (x, y), _, (tested, labels) = source.draw(0, 28).values()
-    assert (len(y), len(labels)) == (400, 10_000)
-    x, tested = (prepare(images, 28, source.mean, source.std).flatten(1) for images in (x, tested))
-    assert abs(x.mean()) < 0.1 and abs(x.std() - 1) < 0.1
-    means = torch.stack([x[y == k].mean(dim=0) for k in range(10)])   # (10, 784)
-    assert (torch.cdist(tested, means).argmin(dim=1) == labels).float().mean() > 0.65, "the nearest mean is often right"

@@ -214,7 +214,7 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype, n", [("float32", 1), ("float32", 3), ("bfloat16", 2), ("float16", 2)])
 def test_the_host_waits_for_the_device_once_in_ten_steps(dtype, n):
-    """In all other steps, no value is read: not by the check for finite weights, the loss, clipping or the GradScaler."""
+    """In all other steps, no value is read: not to check the weights, add up the loss, clip or scale gradients."""
     def batch(size, seed, step):
         waits.now = None   # drawing the batch happens on the CPU
         x, y = few_labels(size, seed, step)
@@ -341,7 +341,7 @@ def test_a_gpu_uses_the_half_precision_that_its_hardware_has(capability, dtype, 
 
 @pytest.mark.parametrize("device, set_by_user, size, threads", [
     ("cpu", None, 7, 1), ("cpu", "4", 7, 4), ("cpu", None, 2_000_000, 4), ("meta", None, 7, 4)])
-def test_a_small_model_uses_one_cpu_thread_unless_omp_num_threads_is_set(device, set_by_user, size, threads, monkeypatch):
+def test_a_small_model_uses_one_thread_unless_omp_num_threads_is_set(device, set_by_user, size, threads, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if set_by_user:
         monkeypatch.setenv("OMP_NUM_THREADS", set_by_user)

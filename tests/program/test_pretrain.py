@@ -29,8 +29,8 @@ def test_a_base_model_is_kept_and_reused_only_with_the_same_run_config(tmp_path,
     half = replace(CPU, dtype=torch.bfloat16)
     pretrain.pretrain(tiny_gpt(0.2), untrained, CONFIG, half, tmp_path, metadata)   # the dtype of another device
     for config, dropout, data, difference in (
-            (replace(CONFIG, steps=13), 0.2, "walk", "steps was 6 and is 13"), (CONFIG, 0.1, "walk", "model.dropout was"),
-            (CONFIG, 0.2, "x", "data was 'walk' and is 'x'")):
+            (replace(CONFIG, steps=13), 0.2, "walk", "steps was 6 and is 13"),
+            (CONFIG, 0.1, "walk", "model.dropout was"), (CONFIG, 0.2, "x", "data was 'walk' and is 'x'")):
         with pytest.raises(InputError, match=f"another run config: {difference}.*--out"):
             pretrain.pretrain(tiny_gpt(dropout), Toy(data_config={"data": data}), config, CPU, tmp_path, metadata)
 

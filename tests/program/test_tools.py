@@ -53,27 +53,30 @@ def test_generate_stops_at_the_end_of_an_answer(folder, capsys, monkeypatch):
 
 
 def test_generate_runs_as_a_process_in_any_folder_and_with_any_encoding(folder, tmp_path):
-    """An ASCII terminal cannot show the prompt, which also has a byte that is not UTF-8."""
+    """An ASCII terminal cannot show the umlauts of the prompt."""
     done = subprocess.run(
-        [sys.executable, "-m", "svmini.generate", "--init", str(folder / "text.pt"), "--prompt", "ab Größe \udcff",
+        [sys.executable, "-m", "svmini.generate", "--init", str(folder / "text.pt"), "--prompt", "ab Größe",
          "--max-new-tokens", "30"], cwd=tmp_path, capture_output=True, timeout=120,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and done.stdout.startswith(b"ab Gr") and done.stderr == b"", done.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_generate_uses_a_bfloat16_model_as_its_file_holds_it(tmp_path, capsys):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_generate_and_export_use_the_dtype_of_training(dtype, tmp_path, capsys):
+    """The base model's file holds bfloat16. The training scripts load it in float32; Python code can adapt it as it is."""
     torch.manual_seed(0)
-    model = moved(GPT(GPTConfig(256, 16, 1, 2, 16))).bfloat16()
-    save_model(tmp_path / "base.pt", model, {"tokenizer": BYTES})
+    save_model(tmp_path / "base.pt", moved(GPT(GPTConfig(256, 16, 1, 2, 16))).bfloat16(), {"tokenizer": BYTES})
+    model = load_model(tmp_path / "base.pt", GPT)[0]
+    model = load_base(tmp_path / "base.pt", GPT)[0] if dtype == torch.float32 else model
+    assert {p.dtype for p in model.parameters()} == {dtype}
     save_adapter(moved(adapt(model, "svft")), tmp_path / "adapter.pt")
     argv = ["--init", tmp_path / "base.pt", "--adapter", tmp_path / "adapter.pt"]
     expected = bytes(model.generate(torch.tensor([[97, 98]]), 9, temperature=0)[0].tolist()).split(b"\0")[0]
     printed = call(generate, capsys, *argv, "--prompt", "ab", "--max-new-tokens", 9, "--temperature", 0)
     assert printed == expected.decode("utf-8", "replace") + "\n" and len(expected) > 4
     call(export, capsys, *argv)
-    assert {p.dtype for p in load_model(tmp_path / "merged.pt", GPT)[0].parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in load_base(tmp_path / "merged.pt", GPT)[0].parameters()} == {torch.float32}
+    assert {p.dtype for p in load_model(tmp_path / "merged.pt", GPT)[0].parameters()} == {dtype}
 
 
 # ---- export ----
