@@ -153,7 +153,7 @@ def open_source(flags, kind):
         text = read_text(flags.data, flags.data_dir)
         split_text(text)   # a text that is too short fails here, not after pretraining
         return text
-    return split_pairs(flags.data, flags.data_dir, flags.seed) if kind == "pairs" else None
+    return split_pairs(flags.data, flags.data_dir) if kind == "pairs" else None
 
 
 def open_task(flags, kind, source, config, tokenizer, device_config):
@@ -169,13 +169,11 @@ def open_task(flags, kind, source, config, tokenizer, device_config):
             raise InputError(f"--block-size {flags.block_size} exceeds the {config.block_size} tokens of the model: "
                              "give a smaller one")
         block_size = min(flags.block_size or BLOCK_SIZE, config.block_size)
-        return LanguageModeling(flags.data, source, tokenizer_of(tokenizer), block_size, device_config.device,
+        task = LanguageModeling(flags.data, source, tokenizer_of(tokenizer), block_size, device_config.device,
                                 seed=flags.seed)
-    task = QuestionAnswering(flags.data, source, tokenizer_of(tokenizer), config.block_size, device_config.device)
-    print(f"{task.name}: " + ", ".join(f"{len(pairs)} pairs to {split}" for split, pairs in source.items()))
-    if task.left_out:
-        print(f"{task.left_out} of {len(source['train'])} training pairs do not fit into the model's context of "
-              f"{config.block_size} tokens and are left out")
+    else:
+        task = QuestionAnswering(flags.data, source, tokenizer_of(tokenizer), config.block_size, device_config.device)
+    print(task.describe())
     return task
 
 
@@ -188,6 +186,7 @@ def new_base(flags, data, device_config, sizes=None):
         text, block_size = read_text(data, flags.data_dir), flags.block_size or BLOCK_SIZE
         ranks = train_bpe(text)
         task = LanguageModeling(data, text, bpe_tokenizer(ranks), block_size, device_config.device, seed=flags.seed)
+        print(task.describe())
         vocab_size = len(ranks)
         metadata = {"data": f"{data} {task.data_config['sha256'][:12]}", "tokenizer": ranks}
     shape = MODEL[kind_of(data)] | (cli.given(sizes, "n_layer", "n_head", "d_model") if sizes else {})

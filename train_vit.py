@@ -6,16 +6,15 @@ from dataclasses import replace
 import torch
 
 from svmini import ViT, ViTConfig, analyze, cli, model_file
-from svmini.data.image_datasets import REAL, open_images
-from svmini.data.images import ImageClassification, save_grid
+from svmini.data.image_datasets import IMAGE_DATASETS, open_images
+from svmini.data.images import ImageClassification, describe, save_grid
 from svmini.training import compare, pretrain, report
 from svmini.training.device import prepare_device, resolve_device
 from svmini.training.learning_rates import VIT_LEARNING_RATES as LEARNING_RATES
 from svmini.training.loop import TrainConfig
 
 # dataset to adapt to: dataset that a base model is pretrained on when --init is not given
-DATA = {"glyphs": "glyphs", **{name: real.base for name, real in REAL.items()}, "folder:PATH": None}
-SIZES = {"glyphs": (24, 6), "mnist": (28, 7), "fashionmnist": (28, 7)}   # image and patch; others: 32 and 8
+DATA = {"glyphs": "glyphs", **{name: dataset.base_data for name, dataset in IMAGE_DATASETS.items()}, "folder:PATH": None}
 MODEL = {"n_layer": 4, "n_head": 4, "d_model": 128}   # of a base model that is pretrained here
 # a large weight decay moves the weights away from their random initialization: docs/results.md
 PRETRAIN = TrainConfig(steps=1600, lr=2e-3, batch_size=32, warmup_ratio=0.05, schedule="cosine", weight_decay=2.0,
@@ -35,6 +34,7 @@ def compare_methods(argv):
     flags = adapting_flags(argv)
     device_config, out = resolve_device(flags.device, flags.dtype, flags.compile), cli.out_folder(flags, "vit")
     source = open_adaptation_images(flags)                                     # missing data fails here
+    print(describe(source))
     if flags.init:
         base, metadata = model_file.load_base(flags.init, ViT, flags.n_head)
         if flags.image_size:
@@ -70,7 +70,7 @@ def compare_methods(argv):
             config = TrainConfig(lr=lr, seed=seed, **train_kwargs)
             rows.append(compare.run(spec, base, task, config, device_config, out, resume=flags.resume,
                                     save_every=flags.save_every, eval_every=flags.eval_every,
-                                    metadata=adapter_metadata(task, base), base_metadata=metadata))
+                                    metadata=adapter_metadata(task, base, flags.seed), base_metadata=metadata))
             print(report.line(rows[-1]))
     compare.fill_gap_recovered(rows)
     report.write(out, rows, {"task": task.name, "device": device_config.reason, "steps": train_kwargs["steps"],
@@ -136,21 +136,21 @@ def open_adaptation_images(flags):
 def new_base(flags, data, device_config, sizes=None):
     """Return an untrained ViT for a dataset, its task and its metadata. sizes: flags of pretrain."""
     source = open_images("glyphs A" if data == "glyphs" else data, flags.data_dir, flags.seed)
-    image_size, patch_size = SIZES.get(data, (32, 8))
-    if sizes is not None:
-        image_size, patch_size = sizes.image_size or image_size, sizes.patch_size or patch_size
+    print(describe(source))
+    image_size = (sizes and sizes.image_size) or min(source.side or 32, 32)
+    patch_size = (sizes and sizes.patch_size) or min(source.side or 32, 32) // 4
     shape = MODEL if sizes is None else cli.given(sizes, *MODEL)
     config = ViTConfig(image_size, patch_size, len(source.mean), len(source.classes), **shape,
                        mean=source.mean, std=source.std)
     torch.manual_seed(flags.seed)
     model = ViT(config)
-    metadata = {"data": source.name, "classes": source.classes, "published": False}
+    metadata = {"data": source.name, "data_seed": flags.seed, "classes": source.classes, "published": False}
     return model, ImageClassification(source, flags.seed, config, device_config.device), metadata
 
 
-def adapter_metadata(task, base):
+def adapter_metadata(task, base, data_seed):
     """Return the metadata of an adapter file, with which svmini.predict finds the images and names the classes."""
-    return {"data": task.name, "image_size": base.config.image_size, "classes": task.classes}
+    return {"data": task.name, "data_seed": data_seed, "image_size": base.config.image_size, "classes": task.classes}
 
 
 def save_predictions(out, task, rows):
@@ -159,7 +159,7 @@ def save_predictions(out, task, rows):
     head = next((r["sample"] for r in first if r["method"] == "head"), None)
     best = max((r for r in first if r["method"] not in ("head", "full")), key=lambda r: r["metric"], default=None)
     if best is not None:
-        save_grid(out / "predictions.png", *task.shown(), head, best["sample"], task.classes)
+        save_grid(out / "predictions.png", *task.samples(), head, best["sample"], task.classes)
         before = "before (linear probe) and " if head else ""
         print(f"{out / 'predictions.png'}: test images with predictions {before}after {best['method']}")
 

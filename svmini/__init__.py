@@ -1,4 +1,4 @@
-"""svmini: fine-tuning by singular values, SVFit and SVFT, next to the methods they are compared with."""
+"""svmini: fine-tuning with singular values (SVFit and SVFT), with LoRA, DoRA, VeRA and BOFT as baselines."""
 
 from .adapter_file import load_adapter, save_adapter
 from .adapting import adapt, count_trainable, merge

@@ -1,106 +1,128 @@
-"""What is done with a model: adapt it by a method, merge what was trained into plain weights, count."""
+"""Adapt a model, merge its adapters into plain layers, and count its trainable parameters."""
 
+import copy
+import functools
+import warnings
 from collections import Counter
 from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
+from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
+from . import files
 from .errors import InputError
-from .files import one_line, sha256_of
 from .methods import METHODS, WITHOUT_ADAPTERS, check_options, nearest, options_of
-from .methods.adapter import TRAINABLE_DTYPES, Adapter
+from .methods.adapter import HALF_DTYPES, TRAINABLE_DTYPES, Adapter, check_conversion
 
 
 def adapt(model, method, targets=None, also_train=None, **options):
-    """Put an adapter of this method in the place of every target layer, freeze the rest, in place; returns the model.
+    """Replace every target layer by an adapter and freeze the rest of the model, in place. Returns the model.
 
-    model: any nn.Module that holds nn.Linears.  method: a word of METHODS, "full" (everything is trained) or "head".
-    targets: which nn.Linears; a target matches the end of a layer's path at a dot: "up", "mlp.up", "blocks.0.mlp.up".
-    also_train: paths of modules that are trained whole beside the adapters, such as a new classifier; saved and loaded
-    with them. "head" trains them alone.  options: those of the method. Where targets or also_train are not given,
-    the model's own class attributes of these names are taken (GPT and ViT have them).
-    model.adaptation then says what was done; its "layers" names every layer that was taken.
+    model: any nn.Module that contains nn.Linear layers, in float32, float64, bfloat16 or float16. The frozen tensors
+    keep the dtype of their layer; the trainable parameters of an adapter are float32 or float64.
+    method: a key of METHODS, "full" (train everything) or "head" (train the modules in also_train only).
+    targets: the layers to adapt. A target matches the end of a layer's path at a dot: "up", "mlp.up",
+    "blocks.0.mlp.up". Default: the model's own attribute `targets`, which GPT and ViT have.
+    also_train: paths of modules to train in full, such as a new classifier; peft calls them modules_to_save. They are
+    saved and loaded with the adapters. Default: the model's own attribute `also_train`. They keep their dtype, with a
+    warning for half precision: bfloat16 loses steps below 0.2 to 0.4 % of a weight, and AdamW diverges in float16. Call
+    model.classifier.float() before adapt, and train and evaluate under torch.autocast.
+    options: options of the method, such as rank=8.
 
-    Every layer is checked before one is changed. Raises InputError that names the layer and says what would work; the
-    model is then as it was.
+    The dict model.adaptation then records the method, its options, and in "layers" the path of every adapted layer.
+
+    Raises InputError, which names the layer and says what would work. Every layer is checked before the first one is
+    changed, so the model is then as it was.
     """
     inner = unadapted(model)
+    options = files.plain(options)
+    targets, also_train = names_for(inner, "targets", targets), names_for(inner, "also_train", also_train)
     check_options(method, options)
-    also_train = list_of_names("also_train", getattr(inner, "also_train", ()) if also_train is None else also_train)
     heads = heads_of(inner, also_train)
-    targets = getattr(inner, "targets", ()) if targets is None else targets
     if method == "head" and not heads:
-        raise InputError("there is no head to train: name the modules that are trained whole by also_train")
+        raise InputError("there is no head to train: list the modules to train in also_train")
     layers = {} if method in WITHOUT_ADAPTERS else fitting_linears(inner, method, targets, options, also_train)
-    with exactly(inner):
-        before = digests(inner)
-        put(inner, {name: build(name, linear, method, options) for name, linear in tqdm(
-            layers.items(), f"set up {method}", leave=False, delay=2, disable=None)})
-        for part in [inner] if method == "full" else heads:
-            part.requires_grad_(True)
-    inner.adaptation = {"method": method, "options": options_of(method) | options, "targets": list(targets),
-                        "layers": list(adapters_of(inner)), "also_train": also_train, "before": before}
+    trained = [inner] if method == "full" else heads
+    if any(p.dtype in HALF_DTYPES for module in trained for p in module.parameters()):
+        warnings.warn("half precision loses small steps of the modules that are trained in full: convert them to float32 "
+                      "before adapt, and train under torch.autocast", stacklevel=2)
+    with full_precision(inner):
+        base = digests(inner)
+        adapters = {name: METHODS[method](linear, **options) for name, linear in tqdm(
+            layers.items(), f"set up {method}", leave=False, delay=2, disable=None)}
+        install(inner, adapters, base, method=method, options=options_of(method) | options, targets=targets,
+                also_train=also_train)
+        for module in trained:
+            set_trainable(module)
     return model
 
 
-def merge(model):
-    """Put a plain nn.Linear of the adapted weight in the place of every adapter, in place; returns the model, all of it
-    trainable, as a base for whatever comes next. Raises InputError for a model that was not adapted."""
+def merge(model, dtype=None):
+    """Replace every adapter by a plain nn.Linear with the adapted weight, in place. Returns the model, all of it trainable.
+
+    dtype: None keeps the dtype of each base layer. In a half-precision model this rounds the sum of base weight and
+    update, and an update smaller than half a unit in the last place of the weight is lost. dtype=torch.float32 keeps
+    the update and converts the whole model, so that its layers still fit together.
+
+    Raises InputError if the model was not adapted or a layer cannot be replaced; the model is then as it was.
+    """
     inner = unwrap(model)
     adaptation_of(inner, "there is nothing to merge")
+    check_tensors(inner)
     merged = {}
-    with exactly(inner), torch.no_grad():
+    with full_precision(inner), torch.no_grad():
         for name, adapter in adapters_of(inner).items():
             if has_hooks(adapter):
-                raise InputError(f"{name} has hooks, which a plain layer in its place would lose: remove them first")
+                raise InputError(f"{name} has hooks, which a merged layer would lose: remove them first")
             merged[name] = nn.Linear(adapter.in_features, adapter.out_features, device="meta")
-            merged[name].weight = nn.Parameter(adapter.weight.clone())
-            merged[name].bias = None if adapter.bias is None else nn.Parameter(adapter.bias.clone())
-        put(inner, merged)
-        inner.requires_grad_(True)
+            for key, value in (("weight", exact_weight(adapter)), ("bias", adapter.bias)):
+                value = None if value is None else nn.Parameter(value.to(dtype or adapter.base_dtype, copy=True))
+                setattr(merged[name], key, value)
+        replace(inner, merged)
+        if dtype:
+            inner.to(dtype)
+        set_trainable(inner)
     del inner.adaptation
     return model
 
 
 def count_trainable(model):
-    """{"adapter": int, "head": int, "total": int}: numbers that training would change, a shared one once.
+    """Count trainable parameters, a shared one once: {"adapter": int, "head": int, "total": int}.
 
-    "head" is what also_train names and what was unfrozen by hand, "adapter" the rest: the adapters' numbers, or in
-    full fine-tuning the model without its head.
+    "head" counts the modules in also_train and parameters that were unfrozen by hand, "adapter" the rest: the adapters,
+    or after full fine-tuning the model without its head.
     """
     inner = unwrap(model)
-    what = vars(inner).get("adaptation") or {"method": "full", "also_train": getattr(inner, "also_train", ())}
-    trained = {id(p): p.numel() for p in inner.parameters() if p.requires_grad}
-    if what["method"] == "full":
-        apart = trained.keys() - {id(p) for head in heads_of(inner, what["also_train"]) for p in head.parameters()}
-    else:
-        apart = trained.keys() & {id(p) for part in adapters_of(inner).values() for p in part.parameters()}
-    adapter, total = sum(trained[i] for i in apart), sum(trained.values())
-    return {"adapter": adapter, "head": total - adapter, "total": total}
+    record = vars(inner).get("adaptation") or {"method": "full", "also_train": getattr(inner, "also_train", ())}
+    counts = {"adapter": 0, "head": 0}
+    for name, p in inner.named_parameters():
+        full = record["method"] == "full" and not is_inside(name, record["also_train"])
+        counts["adapter" if full or is_inside(name, record.get("layers", ())) else "head"] += p.numel() * p.requires_grad
+    return counts | {"total": sum(counts.values())}
 
 
-# ---- which layers ----
+# ---- which layers are adapted ----
 
 def find_linears(model, targets, also_train=()):
-    """{path: nn.Linear} for every layer that a target matches, but for those that also_train trains whole. Raises
-    InputError for a target that matches nothing, or something that cannot be adapted."""
-    targets = list_of_names("targets", () if targets is None else targets)
+    """{path: nn.Linear} of every layer that a target matches, without those inside the modules of also_train. Raises
+    InputError for a target that matches no layer, or one that cannot be adapted."""
     if not targets:
         raise InputError(f"give targets, the layers to adapt; {offers(model, also_train)}")
     modules, tied, found = modules_of(model), tied_parameters(model), {}
-    # Target by target, and not as the layers follow one another: LoRA and DoRA draw A in this order from torch's
-    # global stream, so another order is another start.
+    # Loop over targets, not over layers: LoRA and DoRA draw A in this order from torch's global stream, so another
+    # order is another initialization.
     for target in targets:
         matched = [name for name in modules if ends_in(name, target)]
         if not matched:
-            raise InputError(f"target {target!r} matches no layer{no_layer_hint(target, modules)}; "
-                             f"{offers(model, also_train)}")
-        beside = [name for name in matched if not is_inside(name, also_train)]
-        if not beside:
-            raise InputError(f"{matched[0]} is trained whole, as also_train says: leave it out of the targets")
-        for name in beside:
+            fused = "in_proj" in target and any(isinstance(m, nn.MultiheadAttention) for m in modules.values())
+            reason = " (nn.MultiheadAttention holds query, key and value in one parameter)" if fused else ""
+            raise InputError(f"target {target!r} matches no layer{reason}; {offers(model, also_train)}")
+        adapted = [name for name in matched if not is_inside(name, also_train)]
+        if not adapted:
+            raise InputError(f"{matched[0]} is trained in full because of also_train: remove {target!r} from the targets")
+        for name in adapted:
             reason = why_not(modules[name], tied)
             if reason:
                 raise InputError(f"{name} {reason}; {offers(model, also_train)}")
@@ -109,51 +131,37 @@ def find_linears(model, targets, also_train=()):
 
 
 def fitting_linears(model, method, targets, options, also_train=()):
-    """What find_linears finds, each checked for the method's options. Raises InputError that names the layer."""
+    """The result of find_linears, after a check that the options fit every layer. Raises InputError that names it."""
     layers = find_linears(model, targets, also_train)
     for name, linear in layers.items():
-        check_fit(name, linear, method, options)
+        try:
+            METHODS[method].check(*linear.weight.shape, **options)
+        except ValueError as error:
+            shape = "x".join(map(str, linear.weight.shape))
+            raise InputError(f"{method} does not fit {name} ({shape}): {files.one_line(error)}") from None
     return layers
 
 
-def check_fit(name, linear, method, options):
-    """Raise InputError that names the layer, where a method's options do not fit its shape."""
-    try:
-        METHODS[method].check(*linear.weight.shape, **options)
-    except ValueError as error:
-        shape = "x".join(map(str, linear.weight.shape))
-        raise InputError(f"{method} does not fit {name} ({shape}): {one_line(error)}") from None
-
-
-def build(name, linear, method, options):
-    """One adapter. An InputError of the method, about the weight itself, then names the layer."""
-    try:
-        return METHODS[method](linear, **options)
-    except InputError as error:
-        raise InputError(f"{method} does not fit {name}: {error}") from None
-
-
-def why_not(part, tied=()):
-    """Why a module cannot be adapted, or None. tied: ids of parameters that stand in more than one place."""
-    if type(part).__name__ == "Conv1D":
-        return "is a Conv1D as in Hugging Face's GPT-2, no nn.Linear: take GPT.from_gpt2(model.state_dict())"
-    if type(part).forward is not nn.Linear.forward or "forward" in vars(part) or hasattr(part, "parametrizations"):
-        return f"is no plain nn.Linear but {part._get_name()}"
-    if any(id(p) in tied for p in part.parameters()):
-        return "shares its weight with another place, which would change with it"
-    if has_hooks(part):
-        return "has hooks, which an adapter in its place would lose: remove them first"
-    if part.weight.dtype not in TRAINABLE_DTYPES:
-        return (f"is {part.weight.dtype}: keep the weights in float32 and use autocast for speed, since small steps "
-                "are lost in less")
-    if not part.weight.isfinite().all():
+def why_not(module, tied=()):
+    """Return why a module cannot be adapted, or None. tied: ids of parameters that occur in more than one place."""
+    if type(module).__name__ == "Conv1D":
+        return "is a Conv1D of Hugging Face's GPT-2, not an nn.Linear: use GPT.from_pretrained(model.state_dict())"
+    if type(module).forward is not nn.Linear.forward or "forward" in vars(module) or hasattr(module, "parametrizations"):
+        return f"is not a plain nn.Linear but {module._get_name()}"
+    if any(id(p) in tied for p in module.parameters()):
+        return "shares its weight with another module, which would change with it"
+    if has_hooks(module):
+        return "has hooks, which an adapter would lose: remove them first"
+    if module.weight.dtype not in (*TRAINABLE_DTYPES, *HALF_DTYPES):
+        return f"has weights in {module.weight.dtype}: convert the model to float32 or bfloat16"
+    if not module.weight.isfinite().all():
         return "has weights that are not finite"
 
 
 def offers(model, also_train=()):
-    """In words, which targets would be accepted: the shortest ends of paths that match nothing else."""
+    """List the targets that would be accepted: for each layer the shortest end of its path that matches nothing else."""
     modules, tied = modules_of(model), tied_parameters(model)
-    good = [name for name, part in modules.items() if not is_inside(name, also_train) and not why_not(part, tied)]
+    good = [name for name, module in modules.items() if not is_inside(name, also_train) and not why_not(module, tied)]
     bad, found = modules.keys() - good, {}
     for name in good:
         steps = name.split(".")
@@ -161,85 +169,129 @@ def offers(model, also_train=()):
         ends = [end for end in ends if not any(ends_in(other, end) for other in bad)]
         found |= dict.fromkeys(ends[-1:])
     shown = ", ".join(list(found)[:20]) + (", ..." if len(found) > 20 else "")
-    return f"targets can be: {shown}" if found else "there is no nn.Linear inside that a target could name"
-
-
-def no_layer_hint(target, modules):
-    last = target.rsplit(".", 1)[-1]
-    if last.startswith("in_proj") and any(isinstance(part, nn.MultiheadAttention) for part in modules.values()):
-        return " (nn.MultiheadAttention keeps query, key and value in one bare parameter, which is no layer)"
-    return nearest(last, {name.rsplit(".", 1)[-1] for name, part in modules.items() if isinstance(part, nn.Linear)})
+    return f"targets can be: {shown}" if found else "this model has no nn.Linear that can be adapted"
 
 
 def ends_in(name, target):
-    """Whether a path ends in a target, at a dot."""
+    """Return True if a path ends in a target, at a dot."""
     return f".{name}".endswith(f".{target}")
 
 
-def is_inside(name, parts):
-    """Whether a path is one of these, or leads into one."""
-    return any(f"{name}.".startswith(f"{part}.") for part in parts)
+def is_inside(name, paths):
+    """Return True if a path is one of these paths, or leads into one."""
+    return any(f"{name}.".startswith(f"{path}.") for path in paths)
 
 
-def has_hooks(part):
-    return any((part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks))
+def has_hooks(module):
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 def modules_of(model):
-    """{path: module} of all modules inside; one that stands in two places has two paths."""
-    return {name: part for name, part in model.named_modules(remove_duplicate=False) if name}
+    """{path: module} of all modules inside; a module that occurs twice has two paths."""
+    return {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
 
 
 def tied_parameters(model):
-    """ids of the parameters that stand in more than one place."""
+    """ids of the parameters that occur in more than one place."""
     places = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     return {i for i, n in places.items() if n > 1}
 
 
-# ---- what adapter_file.py needs as well ----
+def heads_of(model, also_train):
+    """The modules that also_train names. Raises InputError for a name that does not exist or a tied module (GPT's head)."""
+    modules, tied = modules_of(model), tied_parameters(model)
+    for name in also_train:
+        if name not in modules:
+            raise InputError(f"also_train: there is no module {name!r}{nearest(name, modules)}")
+        if any(id(p) in tied for p in modules[name].parameters()):
+            raise InputError(f"also_train: {name} shares a weight with another module, which would change with it")
+    return [modules[name] for name in also_train]
+
+
+def names_for(model, attribute, names):
+    """The names as a list, by default those in the model's own attribute. Raises InputError if they are no such list."""
+    names = files.plain(getattr(model, attribute, ()) if names is None else names)
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise InputError(f"{attribute} must be a list of names, such as ['query'], not {files.one_line(repr(names))}")
+    return names
+
+
+# ---- the state of an adapted model, which adapter_file.py needs as well ----
 
 def adapters_of(model):
     """{path: Adapter} of an adapted model, in the order of its modules."""
-    return {name: part for name, part in model.named_modules() if isinstance(part, Adapter)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
+
+
+def exact_weight(adapter):
+    """The adapted weight (d_out, d_in), in float32 for a layer in half precision: not rounded to the layer's dtype."""
+    return (copy.deepcopy(adapter).float() if adapter.base_dtype in HALF_DTYPES else adapter).weight
 
 
 def adaptation_of(model, otherwise):
-    """What adapt has written down about the model. Raises InputError that begins with `otherwise`, where it has not."""
+    """What adapt recorded about the model. Raises InputError that begins with `otherwise` if it was not adapted."""
     if "adaptation" not in vars(model):
         raise InputError(f"{otherwise}: the model was not adapted")
     return model.adaptation
 
 
 def unadapted(model):
-    """The model inside its wrappers. Raises InputError for one that is adapted, in whole or in part, or is part of one
-    that is."""
+    """The model inside its wrappers. Raises InputError if it is adapted, contains an adapted model or is part of one, or
+    has tensors that cannot be used."""
     inner = unwrap(model)
     layers = list(adapters_of(inner))
-    wholes = [name or "the model" for name, part in inner.named_modules() if "adaptation" in vars(part)]
-    if layers or wholes:
-        whole = [*wholes, "the model that it is part of"][0]
-        raise InputError(f"{(layers + wholes)[0]} is already adapted: merge {whole} first")
+    models = [name or "the model" for name, module in inner.named_modules() if "adaptation" in vars(module)]
+    if layers or models:
+        first = [*models, "the model that it is part of"][0]
+        raise InputError(f"{(layers + models)[0]} is already adapted: merge {first} first")
+    check_tensors(inner)
     return inner
 
 
-def heads_of(model, also_train):
-    """The modules that also_train names. Raises InputError for a name that is not there, or is tied (GPT's head)."""
-    modules, tied = modules_of(model), tied_parameters(model)
-    for name in also_train:
-        if name not in modules:
-            raise InputError(f"also_train: there is no module {name!r}{nearest(name, modules)}")
-        if any(id(p) in tied for p in modules[name].parameters()):
-            raise InputError(f"also_train: {name} shares a weight with another place, which would change with it")
-    return [modules[name] for name in also_train]
+def check_tensors(model):
+    """Raise InputError if a tensor of the model has no values or cannot take part in training."""
+    for name, tensor in tensors_of(model).items():
+        if is_lazy(tensor):
+            raise InputError(f"{name} is not initialized yet: run one batch through the model first")
+        if tensor.is_meta:
+            raise InputError(f"{name} is on the meta device, without values: load the weights first")
+        if tensor.is_inference():
+            raise InputError(f"{name} was created in inference mode and cannot be trained: build the model outside of it")
 
 
-def put(model, layers):
-    """Freeze the whole model, and set new layers in their places."""
+def install(model, adapters, base, **record):
+    """Freeze the model, set the adapters in place and record what was done. base: the digests of the plain model."""
+    frozen = {f"{path}.{name}": digest(buffer) for path, adapter in adapters.items()
+              for name, buffer in adapter.named_buffers() if name in adapter.frozen}
+    dtype = dtype_of(model)
     model.requires_grad_(False)
+    replace(model, adapters)
+    model.adaptation = record | {"layers": list(adapters_of(model)), "dtype": dtype, "base": base, "frozen": frozen}
+
+
+def replace(model, layers):
+    """Set new layers {path: module} in their places, and guard the dtype of the modules that then contain adapters."""
     for name, layer in layers.items():
         parent, _, last = name.rpartition(".")
         layer.train(model.get_submodule(name).training)
         setattr(model.get_submodule(parent), last, layer)
+    for module in model.modules():
+        vars(module).pop("_apply", None)
+        if adapters_of(module):
+            module._apply = functools.partial(guarded_apply, module)
+
+
+def guarded_apply(module, fn, *args, **kwargs):
+    """Run module._apply, through which .to(), .half() and the like pass, unless the adapters inside would reject it.
+    nn.Module converts child by child, so their own check would come after the first layers were converted."""
+    check_conversion(fn)
+    return type(module)._apply(module, fn, *args, **kwargs)
+
+
+def set_trainable(module):
+    """Unfreeze the parameters of a module, except those that cannot have a gradient, such as int8 weights."""
+    for p in module.parameters():
+        p.requires_grad_(p.is_floating_point() or p.is_complex())
 
 
 def tensors_of(model):
@@ -248,38 +300,37 @@ def tensors_of(model):
     return dict(model.named_parameters()) | {name: b for name, b in model.named_buffers() if name in stored}
 
 
+def dtype_of(model):
+    """The floating-point dtypes of a model's parameters, such as "float32" or "bfloat16, float32"."""
+    return ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()}))
+
+
 def digest(tensor):
-    """SHA-256 of its values in float32, so that a model has one fingerprint in float32 and in float64."""
-    return sha256_of(tensor.detach().float() if tensor.is_floating_point() else tensor)
+    """SHA-256 of the values in float32, so that equal values have one digest in every dtype."""
+    return files.sha256_of(tensor.detach().float() if tensor.is_floating_point() else tensor)
 
 
 def digests(model):
-    """{name: digest} of all that tensors_of names."""
+    """{name: digest} of all tensors that tensors_of returns."""
     return {name: digest(tensor) for name, tensor in sorted(tensors_of(model).items())}
 
 
 def fingerprint(digests, without=()):
-    """SHA-256 of a base model, from its digests, without the tensors that are trained whole beside the adapters."""
-    return sha256_of({name: digest for name, digest in digests.items() if name not in without})
+    """SHA-256 of a base model, from its digests, without the tensors that are trained in full."""
+    return files.sha256_of({name: digest for name, digest in digests.items() if name not in without})
 
 
 def unwrap(model):
-    """The model inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
+    """The model inside the wrappers of torch.compile, DataParallel and DistributedDataParallel."""
     while hasattr(model, "_orig_mod") or isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
     return model
 
 
 @contextmanager
-def exactly(model):
-    """Within it, no autocast rounds what is computed, and what is made can be trained, also in inference mode."""
+def full_precision(model):
+    """Inside it autocast rounds nothing, and tensors that are created can be trained, also in inference mode."""
     device = next((p.device.type for p in model.parameters()), "cpu")
     device = device if torch.amp.is_autocast_available(device) else "cpu"
     with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.autocast(device, enabled=False):
         yield
-
-
-def list_of_names(what, names):
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
-        raise InputError(f"{what} must be a list of names such as ('query', 'value'), not {one_line(repr(names))}")
-    return list(names)

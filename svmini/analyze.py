@@ -1,11 +1,12 @@
-"""python -m svmini.analyze: what an adapter learned, from its file and its base: a table of layers, and a picture.
+"""python -m svmini.analyze: show what an adapter changed, from its file and its base: a table of layers, and a figure.
 
-With W0 = U Σ Vᵀ (thin, σ descending) and the change ΔW = W − W0,
+With W0 = U Σ Vᵀ (thin, σ descending) and the update ΔW = W − W0,
 
-    C = Uᵀ ΔW V  (D, D)          the change between the base's singular vectors; its diagonal is u_iᵀ ΔW v_i
+    C = Uᵀ ΔW V  (D, D)          the update between the base's singular vectors; its diagonal is u_iᵀ ΔW v_i
 
-C is M in SVFT, and has s_i − σ_i on its diagonal in SVFit: for these two the picture shows |C_ii| beside σ_i, and for a
-band M near its diagonal; for other methods, and SVFT's random basis, singular values before and after, and of ΔW.
+C is M in SVFT, and has s_i − σ_i on its diagonal in SVFit. For these two methods the figure shows |C_ii| next to σ_i, and
+for banded M also its entries near the diagonal. For the other methods, and for SVFT's random basis, it shows the singular
+values of W0, W and ΔW.
 """
 
 import copy
@@ -21,159 +22,153 @@ from .cli import Parser, add_model, run_command
 from .errors import InputError
 from .methods import parse_spec
 from .methods.svd import thin_svd
-from .model_file import class_of, load_adapted, load_base
+from .model_file import load_any, with_adapter
 from .training.compare import run_path
 from .training.report import markdown
 
-GREY = "#808080"   # reads on a light and on a dark page
+STYLE = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "text.color"), "#808080") | {
+    "legend.frameon": False, "legend.fontsize": "small"}   # a gray that is readable on light and dark pages
 NOTES = """σ: the largest, median and smallest singular value
-leading quarter: ‖U_kᵀ ΔW V_k‖² / ‖ΔW‖² for the k = D/4 leading directions of the base; of a square matrix 6 % where ΔW
-has no preference, 25 % where it lies evenly along the diagonal
-rank: singular values of ΔW above what float32 rounds away"""
-DIAGONAL = "diagonal: mean |M_ii| (SVFit: |s_i − σ_i|) over the first and over the last quarter of i"
+leading quarter: ‖U_kᵀ ΔW V_k‖² / ‖ΔW‖² for the k = D/4 leading directions of the base; in a square matrix it is 6 % if
+ΔW prefers no direction, 25 % if ΔW is spread evenly along the diagonal
+rank: the number of singular values of ΔW above the rounding error of float32"""
 
 
 def analyze(weight, adapter, spectra=True):
-    """What became of one weight W0 (d_out, d_in), in float64: {"before": σ (D,), "C": |C| (D, D), "size": ‖ΔW‖ / ‖W0‖,
-    "leading": the share of ‖ΔW‖² in C's first quarter}, and with spectra, which take two further SVDs, "after": the
-    singular values of W (D,), "change": those of ΔW, 0 where they are rounding, and "rank": how many are not."""
+    """Compare one weight W0 (d_out, d_in) with its adapter, in float64.
+
+    Returns {"before": σ (D,), "C": |C| (D, D), "size": ‖ΔW‖ / ‖W0‖, "leading": the share of ‖ΔW‖² in C's first quarter}.
+    spectra adds two SVDs: "after", the singular values of W (D,); "change", those of ΔW, 0 where they are rounding
+    errors; and "rank", the number of those that are not.
+    """
     U, S, Vt = (t.cpu().double() for t in thin_svd(weight))
     W0, W = weight.detach().cpu().double(), copy.deepcopy(adapter).cpu().double().weight.detach()
     C, k = U.t() @ (W - W0) @ Vt.t(), max(1, len(S) // 4)
     squares = (W - W0).square().sum()
-    found = {"before": S, "C": C.abs(), "size": squares.sqrt() / W0.norm(),
-             "leading": C[:k, :k].square().sum() / squares.clamp_min(1e-30)}        # 0 where nothing changed
+    result = {"before": S, "C": C.abs(), "size": squares.sqrt() / W0.norm(),
+              "leading": C[:k, :k].square().sum() / squares.clamp_min(1e-30)}        # 0 if nothing changed
     if spectra:
         change, rounding = torch.linalg.svdvals(W - W0), 4 * torch.finfo(torch.float32).eps * W0.norm()
-        found |= {"after": torch.linalg.svdvals(W), "change": torch.where(change > rounding, change, 0.0),
-                  "rank": (change > rounding).sum()}
-    return found
+        result |= {"after": torch.linalg.svdvals(W), "change": torch.where(change > rounding, change, 0.0),
+                   "rank": (change > rounding).sum()}
+    return result
 
 
 def analyze_model(base, model, spectra=True):
-    """{path: what analyze finds} of an adapted model's layers, beside the plain base (of the same names)."""
+    """{path: result of analyze} for every adapted layer. base: the plain model, whose layers have the same paths."""
     adapters = adapters_of(unwrap(model))
     if not adapters:
-        raise InputError("the adapter trains a head alone: no matrix of the base was adapted")
+        raise InputError("the adapter trains only a head: there is no adapted matrix to analyze")
     with torch.no_grad():
         return {name: analyze(base.get_submodule(name).weight, part, spectra) for name, part in adapters.items()}
 
 
 def by_target(layers):
-    """{target: [what analyze found, layer by layer]}, a target being the end of a path; of one D each."""
+    """{(last name of the path, D): [result of analyze, layer by layer]}."""
     groups = {}
-    for name, found in layers.items():
-        groups.setdefault((name.rpartition(".")[2], len(found["before"])), []).append(found)
+    for name, result in layers.items():
+        groups.setdefault((name.rpartition(".")[2], len(result["before"])), []).append(result)
     return groups
 
 
-def between_singular_vectors(method, options):
-    """Whether C is what the method trains: SVFit, and SVFT but for the random basis."""
+def trains_diagonal(method, options):
+    """Return True if C is what the method trains: SVFit, and SVFT except with the random basis."""
     return method == "svfit" or method == "svft" and options.get("basis", "singular") == "singular"
 
 
-def mean(founds, key):
-    """The mean over layers of what analyze found."""
-    return torch.stack([found[key].double() for found in founds]).mean(dim=0)
+def mean(results, key):
+    """The mean over layers of one entry of their results."""
+    return torch.stack([result[key].double() for result in results]).mean(dim=0)
 
 
-def table_lines(layers, diagonal):
-    """The table as lines of Markdown: a row a layer, then the mean over the layers of each target."""
-    rows = [(name, [found]) for name, found in layers.items()]
-    rows += [(f"mean of {target}", founds) for (target, _), founds in by_target(layers).items()]
-    cells = [["layer", "σ before", "σ after", "‖ΔW‖/‖W0‖", "leading quarter", "rank", "diagonal: first, last"]]
-    for name, founds in rows:
+def table_lines(layers):
+    """The table as lines of Markdown: one row per layer, then the mean over the layers of each target."""
+    rows = [(name, [result]) for name, result in layers.items()]
+    rows += [(f"mean of {target}", results) for (target, _), results in by_target(layers).items()]
+    cells = [["layer", "σ before", "σ after", "‖ΔW‖/‖W0‖", "leading quarter", "rank"]]
+    for name, results in rows:
         before, after = (" / ".join(f"{v:.3g}" for v in (S[0], S.median(), S[-1]))
-                         for S in (mean(founds, "before"), mean(founds, "after")))
-        c = mean(founds, "C").diagonal()
-        k = max(1, len(c) // 4)
-        cells.append([name, before, after, f"{mean(founds, 'size'):.3f}", f"{100 * mean(founds, 'leading'):.0f} %",
-                      f"{mean(founds, 'rank'):.0f} of {len(c)}", f"{c[:k].mean():.2g}, {c[-k:].mean():.2g}"])
-    return markdown(cells if diagonal else [row[:-1] for row in cells], left=("layer",))
+                         for S in (mean(results, "before"), mean(results, "after")))
+        cells.append([name, before, after, f"{mean(results, 'size'):.3f}", f"{100 * mean(results, 'leading'):.0f} %",
+                      f"{mean(results, 'rank'):.0f} of {len(results[0]['before'])}"])
+    return markdown(cells, left=("layer",))
 
 
 def draw(path, layers, method, options):
-    """The picture as a PNG that reads on light and dark pages: one column a target, means over its layers. Returns
-    False where matplotlib is missing."""
+    """Write the figure as a PNG: one column per target, means over its layers. Returns False without matplotlib."""
     try:
         import matplotlib
+        from matplotlib.figure import Figure   # not pyplot, which would switch the backend of a notebook
     except ImportError:
         return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    groups, diagonal = by_target(layers), between_singular_vectors(method, options)
+    groups, diagonal = by_target(layers), trains_diagonal(method, options)
     d = options.get("off_diagonals", 0) if diagonal and options.get("pattern") == "banded" else 0
-    figure, grid = pyplot.subplots(1 + (d > 0), len(groups), figsize=(1.2 + 2.4 * len(groups), 4.8 if d else 3),
-                                   sharex="col", sharey="row", squeeze=False, layout="constrained",
-                                   height_ratios=[2, 1] if d else [1])
-    for axes, ((target, _), founds) in zip(grid[0], groups.items()):
-        axes.plot(mean(founds, "before"), color="C0", label="σ_i of the base")
-        if diagonal:
-            label = "|s_i − σ_i|" if method == "svfit" else "|M_ii|"
-            axes.plot(mean(founds, "C").diagonal(), color="C1", linewidth=1, label=label)
-        else:
-            axes.plot(mean(founds, "after"), color="C1", linestyle="--", label="after")
-            axes.plot(mean(founds, "change"), color="C2", marker=".", markersize=3, linewidth=1, label="of ΔW")
-        axes.set_yscale("log", nonpositive="mask")
-        axes.set_title(target, color=GREY)
-    grid[0, 0].legend(frameon=False, labelcolor=GREY, fontsize="small")
-    if d:
-        draw_bands(figure, grid, [band(mean(founds, "C"), d) for founds in groups.values()], d)
-    for axes in [*grid.flat, *figure.axes]:
-        axes.tick_params(which="both", colors=GREY)
-        axes.spines[:].set_color(GREY)
-    for axes in grid[-1]:
-        axes.set_xlabel("i", color=GREY)
-    files.write_whole(path, lambda file: figure.savefig(file, dpi=120, format="png", transparent=True))
-    pyplot.close(figure)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(1.2 + 2.4 * len(groups), 4.8 if d else 3), layout="constrained")
+        grid = figure.subplots(1 + (d > 0), len(groups), sharex="col", sharey="row", squeeze=False,
+                               height_ratios=[2, 1] if d else [1])
+        for axes, ((target, _), results) in zip(grid[0], groups.items()):
+            axes.plot(mean(results, "before"), color="C0", label="σ_i of the base")
+            if diagonal:
+                label = "|s_i − σ_i|" if method == "svfit" else "|M_ii|"
+                axes.plot(mean(results, "C").diagonal(), color="C1", linewidth=1, label=label)
+            else:
+                axes.plot(mean(results, "after"), color="C1", linestyle="--", label="after")
+                axes.plot(mean(results, "change"), color="C2", marker=".", markersize=3, linewidth=1, label="of ΔW")
+            axes.set_yscale("log", nonpositive="mask")
+            axes.set_title(target)
+        grid[0, 0].legend()
+        if d:
+            draw_bands(figure, grid, [band(mean(results, "C"), d) for results in groups.values()], d)
+        for axes in grid[-1]:
+            axes.set_xlabel("i")
+        files.write_whole(path, lambda file: figure.savefig(file, dpi=120, format="png", transparent=True))
     return True
 
 
 def draw_bands(figure, grid, bands, d):
-    """The lower row: |M_ij| as an image of i and j − i, all targets on one scale."""
+    """Draw the lower row: |M_ij| as an image over i and j − i, all targets on one scale."""
     top = max(float(b.nan_to_num().max()) for b in bands)
     for axes, b in zip(grid[1], bands):
         image = axes.imshow(b.numpy(), aspect="auto", vmin=0, vmax=top, origin="lower", interpolation="nearest",
                             extent=(-0.5, b.shape[1] - 0.5, -d - 0.5, d + 0.5))
-    bar = figure.colorbar(image, ax=list(grid.flat), shrink=0.33, anchor=(0, 0), pad=0.01)
-    bar.set_label("|M_ij|", color=GREY)
-    grid[1, 0].set_ylabel("j − i", color=GREY)
+    figure.colorbar(image, ax=list(grid.flat), shrink=0.33, anchor=(0, 0), pad=0.01, label="|M_ij|")
+    grid[1, 0].set_ylabel("j − i")
 
 
 def band(C, d):
-    """C (D, D) near its diagonal: (2d + 1, D), entry (d + j − i, i); nan where there is no j."""
+    """Return C (D, D) near its diagonal as (2d + 1, D): entry (d + j − i, i), nan outside C."""
     i = torch.arange(len(C))
     j = i + torch.arange(-d, d + 1)[:, None]                                # (2d + 1, D)
     return torch.where((j >= 0) & (j < len(C)), C[i, j.clamp(0, len(C) - 1)], torch.nan)
 
 
 def draw_best(out, rows, base):
-    """After a comparison: out/analysis.png of the best SVFT or SVFit row of the first seed, from the adapter file that
-    its run has left; base is the plain model. Prints what it drew; without such a row there is nothing to draw."""
+    """After a comparison, draw out/analysis.png for the best SVFT or SVFit row of the first seed, from the adapter file of
+    its run, and print what was drawn. base: the plain model. Does nothing if there is no such row."""
     first = [r for r in rows if r["seed"] == rows[0]["seed"] and r["metric"] is not None and r["method"] != "zero-shot"
-             and between_singular_vectors(*parse_spec(r["method"])[:2])]
+             and trains_diagonal(*parse_spec(r["method"])[:2])]
     if first:
         best = max(first, key=lambda r: r["metric"] if r["higher_is_better"] else -r["metric"])
         model = load_adapter(copy.deepcopy(base), run_path(out, best["method"], best["seed"]) / "adapter.pt")
-        what, path = model.adaptation, Path(out) / "analysis.png"
-        if draw(path, analyze_model(base, model, spectra=False), what["method"], what["options"]):
-            print(f"{path}: what {best['method']} learned, beside the singular values of the base")
+        record, path = model.adaptation, Path(out) / "analysis.png"
+        if draw(path, analyze_model(base, model, spectra=False), record["method"], record["options"]):
+            print(f"{path}: the update by {best['method']}, next to the singular values of the base")
 
 
 def command(argv):
-    p = Parser("-m svmini.analyze", "What an adapter learned: spectra, ranks, a picture.")
+    p = Parser("-m svmini.analyze", "Show what an adapter changed: spectra, ranks and a figure.")
     add_model(p, adapter_required=True)
-    p.add_argument("--out", metavar="DIR", help="where analysis.png goes (beside the adapter)")
+    p.add_argument("--out", metavar="DIR", help="folder for analysis.png (default: the folder of the adapter)")
     flags = p.parse_args(argv)
-    model_class = class_of(flags.init)
-    base, _ = load_base(flags.init, model_class, flags.n_head)
-    model, _ = load_adapted(flags.init, flags.adapter, model_class, flags.n_head)
+    base, metadata = load_any(flags.init, n_head=flags.n_head)
+    model, _ = with_adapter(copy.deepcopy(base), metadata, flags.adapter)
     method, options = model.adaptation["method"], model.adaptation["options"]
-    layers, diagonal = analyze_model(base, model), between_singular_vectors(method, options)
+    layers = analyze_model(base, model)
     print(f"{method}: " + ", ".join(f"{key} {value}" for key, value in options.items()) + "\n")
-    print(*table_lines(layers, diagonal), "", NOTES, *[DIAGONAL] * diagonal, sep="\n")
+    print(*table_lines(layers), "", NOTES, sep="\n")
     path = Path(flags.out or Path(flags.adapter).parent) / "analysis.png"
-    print(path if draw(path, layers, method, options) else "for a picture of it: pip install matplotlib")
+    print(path if draw(path, layers, method, options) else "to draw a figure as well: pip install matplotlib")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Errors that are the user's to mend: the command line prints them as one line. All others keep their traceback."""
+"""Errors that the user can fix. The command line prints them in one line; all other errors keep their traceback."""
 
 
 class InputError(ValueError):
-    """What was given cannot be used. The message is one sentence: what is wrong, and what would be right."""
+    """Invalid input. The message is one sentence: what is wrong, then what to do."""
 
 
 class MissingFile(InputError, FileNotFoundError):
-    """A file or folder that was asked for is not there, and could not be fetched."""
+    """A file or folder does not exist and could not be downloaded."""

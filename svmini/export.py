@@ -1,4 +1,4 @@
-"""python -m svmini.export: merge an adapter into its base and write plain weights, in our naming or another."""
+"""python -m svmini.export: merge an adapter into its base model and write plain weights."""
 
 import sys
 from pathlib import Path
@@ -9,32 +9,34 @@ from . import files
 from .adapting import merge
 from .cli import Parser, add_model, run_command
 from .errors import InputError
-from .model_file import derived_metadata, class_of, load_adapted, save_model
+from .model_file import derived_metadata, load_adapted, save_model
 
 FORMATS = {"GPT": "gpt2", "ViT": "torchvision"}
 
 
 def command(argv):
-    p = Parser("-m svmini.export", "Merge an adapter into its base: plain weights, as fast as the base.")
+    p = Parser("-m svmini.export", "Merge an adapter into its base model: plain weights, as fast as the base model.")
     add_model(p, adapter_required=True)
     p.add_argument("--format", default="svmini", choices=("svmini", "gpt2", "torchvision"), metavar="NAME",
-                   help="whose naming: svmini | gpt2 | torchvision")
-    p.add_argument("--out", metavar="FILE", help="the file to write (merged.pt beside the adapter)")
+                   help="state-dict format: svmini | gpt2 | torchvision (default: svmini)")
+    p.add_argument("--out", metavar="FILE", help="file to write (default: merged.pt in the folder of the adapter)")
     flags = p.parse_args(argv)
-    model_class = class_of(flags.init)
-    if flags.format not in ("svmini", FORMATS[model_class.__name__]):
-        raise InputError(f"--format {flags.format} does not go with a {model_class.__name__}: "
-                         f"it is svmini or {FORMATS[model_class.__name__]}")
-    model, metadata = load_adapted(flags.init, flags.adapter, model_class, flags.n_head)
-    merge(model)
     path = Path(flags.out or Path(flags.adapter).parent / "merged.pt")
+    if any(path.exists() and Path(name).exists() and path.samefile(name) for name in (flags.init, flags.adapter)):
+        raise InputError(f"--out {path} would overwrite what is merged: give another file")
+    model, metadata = load_adapted(flags.init, flags.adapter, n_head=flags.n_head)
+    kind = type(model).__name__
+    if flags.format not in ("svmini", FORMATS[kind]):
+        raise InputError(f"--format {flags.format} does not fit a {kind}: choose svmini or {FORMATS[kind]}")
+    merge(model)
     if flags.format == "svmini":
-        save_model(path, model, derived_metadata(metadata, {key: metadata[key] for key in ("data", "classes") if key in metadata}))
+        kept = {key: metadata[key] for key in ("data", "data_seed", "classes") if key in metadata}
+        save_model(path, model, derived_metadata(metadata, kept))
     else:
         state = model.to_gpt2() if flags.format == "gpt2" else model.to_torchvision()
         files.write_whole(path, lambda file: torch.save(state, file))
     print(f"{path}: the merged model" + ("" if flags.format == "svmini" else
-          f", in {flags.format}'s naming, which does not tell its {model.config.n_head} heads"))
+          f" in {flags.format}'s format, which does not record its {model.config.n_head} heads"))
 
 
 if __name__ == "__main__":

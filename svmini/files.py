@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and that are told apart and checked when read."""
+"""Write files completely or not at all; check their kind, format and content when they are read."""
 
 import hashlib
 import os
@@ -10,18 +10,21 @@ import torch
 
 from .errors import InputError, MissingFile
 
-FORMAT = 3   # of the files that `save` writes
+FORMAT = 3   # of files written by `save`
 
 
 def write_whole(path, write):
-    """Call write(binary file) on a temporary file beside `path`, flush it to the disk, then rename it to `path`.
+    """Call write(file) on a temporary binary file in the same folder, flush it to the disk, then rename it to `path`.
 
-    A crash, a full disk or a kill at any moment leaves what stood at `path` before. Raises OSError as it comes.
+    After a crash, a full disk or a kill at any moment, `path` holds what it held before. A file object in place of the
+    path is written directly. Raises OSError as it comes.
     """
+    if hasattr(path, "write"):
+        return write(path)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # not tempfile.mkstemp, whose files only their owner may read
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    # not tempfile.mkstemp, whose files only their owner may read; cut, because a file name has at most 255 bytes
+    temporary = path.with_name(f"{path.name[:40]}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:
             write(file)
@@ -34,14 +37,13 @@ def write_whole(path, write):
 
 
 def write_text(path, text):
-    """Write `text` as UTF-8 with \\n line ends, whole or not at all."""
+    """Write `text` as UTF-8 with \\n line ends, completely or not at all."""
     write_whole(path, lambda file: file.write(text.encode("utf-8")))
 
 
 def sha256_of(*values):
-    """SHA-256, in hex, of tensors, plain values, and dicts and lists of them: which data a result was made with, and
-    whether a file still holds what was written. Raises InputError for anything else, which no file of ours could hold.
-    """
+    """SHA-256, in hex, of tensors, plain values, and dicts and lists of them. It tells which data a result was made
+    with, and whether a file still holds what was written. Raises InputError for a value that no file could hold."""
     digest = hashlib.sha256()
     for value in values:
         _feed(digest, value)
@@ -56,44 +58,64 @@ def _feed(digest, value):
         for part in [x for item in value.items() for x in item] if isinstance(value, dict) else value:
             _feed(digest, part)
         kind = f"{'dict' if isinstance(value, dict) else 'list'} {len(value)}"
-    elif value is None or type(value) in (bool, int, float, str):   # no subclass, such as numpy's: it would not be read
+    elif value is None or type(value) in (bool, int, float, str):   # no subclass, which torch.load would reject
         kind = repr(value)
     else:
         raise InputError(f"a file holds tensors and plain values, not a {type(value).__name__}: {one_line(value)}")
     digest.update(f"{kind}\n".encode("utf-8"))
 
 
+def plain(value):
+    """A value in the form in which a file can hold it: NumPy's scalars and arrays become Python's, also inside dicts and
+    lists. All else is returned as it is."""
+    if isinstance(value, dict):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") and not isinstance(value, torch.Tensor) else value
+
+
 def save(path, kind, content):
-    """Save a dict of tensors and plain values under a name for its kind (adapter, model, or run, a checkpoint), with a
-    SHA-256 of all of it. Raises InputError for a value that could not be read again."""
-    head = {"kind": f"svmini {kind}", "format": FORMAT, "sha256": sha256_of(content)}
-    write_whole(path, lambda file: torch.save(head | {"content": content}, file))
+    """Save a dict of tensors and plain values, its kind ("adapter", "model", or "run" for a checkpoint) and a SHA-256 of
+    all of it. path: a path or a binary file object. Raises InputError for a value that could not be read again."""
+    header = {"kind": f"svmini {kind}", "format": FORMAT, "sha256": sha256_of(content)}
+    write_whole(path, lambda file: torch.save(header | {"content": content}, file))
 
 
 def load(path, kind):
-    """The dict that save(path, kind, ...) wrote, on the CPU.
+    """Load the dict that save(path, kind, ...) wrote, on the CPU. path: a path or a binary file object.
 
-    Raises MissingFile, or InputError where the file is damaged, was changed, or is of another kind or format.
+    Raises MissingFile, or InputError if the file is damaged, was changed, or is of another kind or format.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise MissingFile(f"there is no {kind} at {path}")
+    name = label(path)
+    if not hasattr(path, "read") and not Path(path).is_file():
+        raise MissingFile(f"there is no {kind} at {name}")
     try:
         file = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:   # unpickling fails in many ways; each means that this is not such a file
-        raise InputError(f"{path} is not a readable svmini {kind}: it is damaged, cut short or another kind of "
+        raise InputError(f"{name} is not a readable svmini {kind}: it is damaged, cut short or another kind of "
                          f"file ({one_line(error).split('. ')[0]})") from None
+    return check(file, kind, name)
+
+
+def check(file, kind, name):
+    """Return the content of what torch.load returned for a file of `save`. Raises the InputErrors of `load`."""
     found = one_line(file.get("kind", "something else") if isinstance(file, dict) else "something else")
     if found != f"svmini {kind}":
-        raise InputError(f"{path} holds {found}, not an svmini {kind}")
+        raise InputError(f"{name} holds {found}, not an svmini {kind}")
     if file.get("format") != FORMAT:
-        raise InputError(f"{path} has format {file.get('format')}; this svmini reads format {FORMAT}: "
-                         "make it again, or use the svmini that wrote it")
-    if not isinstance(file.get("content"), dict) or file.get("sha256") != sha256_of(file["content"]):
-        raise InputError(f"{path} is damaged: its SHA-256 is not that of its content")
+        raise InputError(f"{name} has format {file.get('format')}, but this svmini reads format {FORMAT}: write it again, "
+                         "or use the svmini that wrote it")
+    if file.get("sha256") != sha256_of(file.get("content")):
+        raise InputError(f"{name} is damaged: its SHA-256 is not that of its content")
     return file["content"]
 
 
+def label(path):
+    """How a message names a path or a file object."""
+    return getattr(path, "name", "the file object") if hasattr(path, "read") else path
+
+
 def one_line(error):
-    """An exception's message, or its class where it has none, in a line of at most 200 characters."""
+    """The message of an exception, or its class if it has none, in one line of at most 200 characters."""
     return " ".join(str(error).split())[:200] or type(error).__name__

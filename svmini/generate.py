@@ -1,4 +1,4 @@
-"""python -m svmini.generate: continue a text with a GPT, adapted or not. Prints the text alone."""
+"""python -m svmini.generate: continue a text with a GPT, with or without an adapter. Prints only the text."""
 
 import sys
 
@@ -16,18 +16,20 @@ from .training.device import resolve_device
 def command(argv):
     p = Parser("-m svmini.generate", "Continue a text with a GPT.")
     add_model(p, "gpt2, ...")
-    p.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue")
-    p.add_argument("--max-new-tokens", type=number(1), default=100, metavar="N", help="tokens to add (100)")
-    p.add_argument("--temperature", type=number(0, float), default=0.8, metavar="X", help="0 is greedy (0.8)")
-    p.add_argument("--top-k", type=number(1), metavar="K", help="draw from the K likeliest tokens")
-    p.add_argument("--seed", type=number(0), default=0, metavar="N", help="of what is drawn")
+    p.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
+    p.add_argument("--max-new-tokens", type=number(1), default=100, metavar="N",
+                   help="number of tokens to add (default: 100)")
+    p.add_argument("--temperature", type=number(0, float), default=0.8, metavar="X",
+                   help="sampling temperature, 0 for greedy decoding (default: 0.8)")
+    p.add_argument("--top-k", type=number(1), metavar="K", help="sample from the K most likely tokens (default: all)")
+    p.add_argument("--seed", type=number(0), default=0, metavar="N", help="seed for sampling (default: 0)")
     add_device(p)
     flags = p.parse_args(argv)
     device_config = resolve_device(flags.device, flags.dtype)
     model, metadata = load_adapted(flags.init, flags.adapter, GPT, flags.n_head)
     tokenizer = tokenizer_of_model(model, metadata, flags.init)
     if not flags.prompt:
-        raise InputError("--prompt needs at least one character")
+        raise InputError("--prompt is empty: give at least one character")
     length = flags.max_new_tokens
     if tokenizer == "arithmetic":
         prompt, end, length = encode(flags.prompt), None, min(length, ANSWER)
@@ -39,10 +41,10 @@ def command(argv):
     with device_config.autocast():
         new = model.to(device_config.device).generate(tokens, length, flags.temperature, flags.top_k, generator)
     new = new[0, len(prompt):].cpu()
-    if end in new.tolist():   # what ends an answer
+    if end in new.tolist():   # the token that ends an answer
         new = new[:new.tolist().index(end)]
-    both = torch.cat([prompt, new])
-    print(decode(both) if tokenizer == "arithmetic" else tokenizer.decode(both.tolist()))
+    text = torch.cat([prompt, new])
+    print(decode(text) if tokenizer == "arithmetic" else tokenizer.decode(text.tolist()))
 
 
 if __name__ == "__main__":

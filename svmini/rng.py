@@ -6,10 +6,10 @@ import torch
 
 
 def generator(*key):
-    """A torch.Generator on the CPU whose seed is a hash of the key, so that keys that differ give unrelated streams.
+    """Return a CPU torch.Generator that is seeded with a hash of the key, so that different keys give unrelated streams.
 
-    A key begins with the purpose, then come the numbers that it depends on: generator("batch", seed, step). With
-    that, batches are functions of (data, seed, step), and a resumed run meets the same ones.
+    A key starts with its purpose, followed by the values that the draw depends on: generator("batch", seed, step). Each
+    batch is then a function of (data, seed, step), and a resumed run draws the same batches.
     """
     digest = hashlib.blake2b("/".join(map(str, key)).encode("utf-8"), digest_size=7).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little"))

@@ -1,7 +1,7 @@
-"""Glyphs that the program draws itself: two small picture sets that need no download.
+"""Glyphs: two small image datasets that the program draws itself, so they need no download.
 
-Pillow carries one font. Its characters are drawn in several stroke widths, then distorted, batch by batch.
-Everything is a function of the seed.
+Pillow contains one font. Its characters are drawn in several stroke widths and then distorted, one batch after the
+other. Everything is a function of the seed.
 """
 
 import string
@@ -11,54 +11,57 @@ import torch.nn.functional as F
 
 from ..rng import generator
 
-# Glyphs: classes, dark on light or not, pictures a class in each split.
+# classes, whether glyphs are dark on light, and the number of images per class in each split
 GLYPHS = {
     "A": dict(classes="123456789" + string.ascii_uppercase.replace("I", ""), inverted=False,
               sizes={"train": 900, "val": 100, "test": 100}),
     "B": dict(classes=string.ascii_lowercase, inverted=True,
               sizes={"train": 50, "val": 30, "test": 60}),
 }
-GLYPH_SIZE = 24        # pixels along a side of a glyph picture
-BANK_SIZE = 64         # pixels along a side of the drawings that they are made from
+GLYPH_SIZE = 24          # height and width of an image in pixels
+BANK_SIZE = 64           # height and width of the drawings that the images are made from
 STROKES = (0, 1, 2, 4)   # added to each side of a stroke, in half pixels; more would fill the e and join the dot of i
-CHUNK = 2048           # pictures made at a time, which bounds the memory
+CHUNK = 2048             # images that are made at a time, which bounds the memory
 
 
 class Glyphs:
-    """The glyph set "A" (digits and upper case, light on dark) or "B" (lower case, dark on light), 1 x 24 x 24.
+    """The dataset "A" (digits and upper case, light on dark) or "B" (lower case, dark on light), 1 x 24 x 24 pixels.
 
-    A is there to pretrain on, B to adapt to. seed: what is drawn; it stays the same for every seed of a run.
+    A is for pretraining, B for adaptation.  seed: for drawing the images; it is the same for all seeds of a run.
+    splits: the splits to draw.
     """
-    mean = std = (0.5,)   # of a pixel, for both sets: inverted pictures must look inverted to the model
+    mean = std = (0.5,)   # of a pixel, for both datasets: inverted images must look inverted to the model
     natural = False       # a mirrored letter is another letter
+    side = GLYPH_SIZE
     per_class = val_per_class = None
 
-    def __init__(self, which, seed=0):
+    def __init__(self, which, seed=0, splits=("train", "val", "test")):
         recipe = GLYPHS[which]
         self.name, self.classes = f"glyphs {which}", list(recipe["classes"])
+        self.sizes = {split: n * len(self.classes) for split, n in recipe["sizes"].items()}
         bank = draw_bank(recipe["classes"])
         self.splits = {}
-        for split, n in recipe["sizes"].items():
-            # 0, 1, 2, ..., 0, 1, 2, ...: any first few pictures of a split show all classes equally often
-            labels = torch.arange(len(bank)).repeat(n)                                             # (N,)
+        for split in splits:
+            # 0, 1, 2, ..., 0, 1, 2, ...: the first images of a split show all classes equally often
+            labels = torch.arange(len(bank)).repeat(recipe["sizes"][split])                        # (N,)
             g = generator("glyphs", which, split, seed)
             images = torch.cat([draw(bank, part, recipe["inverted"], g) for part in labels.split(CHUNK)])
             self.splits[split] = images.unsqueeze(1), labels                                       # (N, 1, 24, 24)
 
     def draw(self, seed, size):
-        """{"train" | "val" | "test": (images (N, 1, 24, 24) uint8, labels (N,) int64)}, the same for every seed."""
+        """Return {"train" | "val" | "test": (images (N, 1, 24, 24) uint8, labels (N,) int64)}, equal for all seeds."""
         return self.splits
 
 
 def draw_bank(characters):
-    """Each character in each stroke width, light on dark: (classes, strokes, 64, 64) float32 in [0, 1]."""
+    """Draw each character in each stroke width, light on dark: (classes, strokes, 64, 64) float32 in [0, 1]."""
     from PIL import Image, ImageDraw, ImageFont
     font = ImageFont.load_default(size=100)
     bank = torch.empty(len(characters), len(STROKES), BANK_SIZE, BANK_SIZE)
     for i, character in enumerate(characters):
         for j, stroke in enumerate(STROKES):
-            image = Image.new("L", (2 * BANK_SIZE, 2 * BANK_SIZE))   # twice the size, for half pixels of stroke
-            # "mm" keeps all characters on one base line, so that p stays lower than d; 6 higher, p's stem fits
+            image = Image.new("L", (2 * BANK_SIZE, 2 * BANK_SIZE))   # twice the size, so that strokes have half pixels
+            # "mm" keeps all characters on one baseline, so that p is lower than d; the stem of p fits 6 pixels higher
             ImageDraw.Draw(image).text((BANK_SIZE, BANK_SIZE - 6), character, fill=255, font=font, anchor="mm",
                                        stroke_width=stroke)
             pixels = torch.frombuffer(bytearray(image.reduce(2).tobytes()), dtype=torch.uint8)
@@ -67,10 +70,10 @@ def draw_bank(characters):
 
 
 def draw(bank, labels, inverted, g):
-    """One distorted glyph for each label: (n, 24, 24) uint8.
+    """Draw one distorted glyph for each label: (n, 24, 24) uint8.
 
     The drawing is rotated by up to 12 degrees, scaled by up to 0.15 along each axis, sheared by up to 0.15, shifted
-    by up to 0.08 of half a side, bent by a smooth displacement of about 0.05, and covered with noise of 0.06.
+    by up to 0.08 of half its side, bent by a smooth displacement (deviation 0.05), and covered with noise (0.06).
     """
     n = len(labels)
 
@@ -81,7 +84,7 @@ def draw(bank, labels, inverted, g):
     scale_x, scale_y = 1 + uniform(0.15), 1 + uniform(0.15)
     shift_x, shift_y = uniform(0.08), uniform(0.08)
     cos, sin = angle.cos(), angle.sin()
-    # scale, then shear, then rotate; grid_sample asks where a pixel comes from, so the scale divides
+    # scale, then shear, then rotate; grid_sample needs the inverse map, so the scale divides
     theta = torch.stack([torch.stack([cos / scale_x, (shear * cos - sin) / scale_y, shift_x], dim=1),
                          torch.stack([sin / scale_x, (shear * sin + cos) / scale_y, shift_y], dim=1)], dim=1)
     grid = F.affine_grid(theta, [n, 1, GLYPH_SIZE, GLYPH_SIZE], align_corners=False)             # (n, 24, 24, 2)

@@ -1,4 +1,4 @@
-"""Question-answer pairs: GSM-8K (Cobbe et al., arXiv 2110.14168), or JSON lines of your own.
+"""Question answering: GSM-8K (Cobbe et al., arXiv 2110.14168), or a file of JSON lines.
 
     Question: ...\\nAnswer: ... #### 18
 """
@@ -14,74 +14,84 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import InputError, MissingFile
 from ..rng import generator
-from . import IGNORE_INDEX, fetched, pick
+from . import IGNORE_INDEX, download_once, normalize, pick, to_device
 from .exact_match import ExactMatch
 from .tokenizers import end_token
 
 GSM8K_URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/{}.jsonl"
 GSM8K_SHA256 = {"train": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
                 "test": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"}
-MOST_VAL = 500                 # pairs that are set aside for validation
-QA_EVAL_SIZE = 100             # of val, whose answers take long; test is marked whole
+MAX_VAL_SIZE = 500     # pairs in the validation split
+QA_EVAL_SIZE = 100     # pairs of val that are scored, because answers take long; all of test is scored
 
 
 def read_pairs(path):
-    """[(question, answer), ...] of a file of JSON lines {"question": "...", "answer": "..."}, other keys ignored.
+    """Read [(question, answer), ...] from JSON lines {"question": "...", "answer": "..."}; other keys are ignored.
 
     Raises MissingFile, or InputError that names the line and what is wrong with it.
     """
-    path, form, pairs = Path(path).expanduser(), 'a line reads {"question": "...", "answer": "..."}', []
+    path, pairs = Path(path).expanduser(), []
     if not path.is_file():
-        raise MissingFile(f"there is no file {path}: qa:FILE wants the path of a file of JSON lines")
+        raise MissingFile(f"there is no file {path}: qa:FILE needs the path of a file of JSON lines")
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip():
             continue
-        where = f"{path}, line {number}"
         try:
             entry = json.loads(line)
-        except ValueError:
-            raise InputError(f"{where}: it is no JSON in UTF-8, or is cut short: {form}") from None
-        for key in ("question", "answer"):
-            if not isinstance(entry, dict) or not isinstance(entry.get(key), str) or not entry[key].strip():
-                raise InputError(f'{where}: it has no "{key}" with a text: {form}')
-        if "\0" in entry["answer"] or not final_answer(entry["answer"]):
-            raise InputError(f'{where}: "answer" must hold no character \\u0000, and something after its last ####')
-        pairs.append((entry["question"].strip(), entry["answer"].strip()))
+            question, answer = (str.strip(entry[key]) for key in ("question", "answer"))
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise InputError(f'{path}, line {number} is not JSON in UTF-8 with two strings: write it as '
+                             f'{{"question": "...", "answer": "..."}}') from None
+        if not question or not final_answer(answer) or "\0" in answer:
+            raise InputError(f"{path}, line {number} has an empty question, an empty answer (or nothing after its last "
+                             f"####), or the character \\u0000 in its answer: change or remove it")
+        pairs.append((question, answer))
     return pairs
 
 
 def gsm8k(data_dir=None):
-    """{"train": pairs, "test": pairs} of data_dir (default "data")/gsm8k/{train,test}.jsonl, each downloaded once
-    where it is missing. Raises MissingFile where that fails, InputError for a damaged file."""
-    return {split: read_pairs(fetched(
+    """Return {"train": pairs, "test": pairs} from data_dir (default: "data")/gsm8k/{train,test}.jsonl.
+
+    Missing files are downloaded once. Raises MissingFile if that fails, and InputError for a damaged file.
+    """
+    return {split: read_pairs(download_once(
         Path(data_dir or "data") / "gsm8k" / f"{split}.jsonl", GSM8K_URL.format(split), sha256,
-        "--data qa:FILE with pairs of your own, or --data arithmetic, which need no network"))
+        "--data qa:FILE with your own pairs, or --data arithmetic, which need no network"))
         for split, sha256 in GSM8K_SHA256.items()}
 
 
-def split_pairs(name, data_dir=None, seed=0):
-    """{"train", "val", "test"}: lists of (question, answer) of "gsm8k" or "qa:FILE", no question in two of them.
+def split_pairs(name, data_dir=None):
+    """Split "gsm8k" or "qa:FILE" into {"train", "val", "test"}: lists of (question, answer), always the same.
 
-    A tenth for test, where there is no test set, always the same; a tenth, at most 500, for val by seed. Of a repeated
-    question the first answer counts. Raises InputError for fewer than ten, and as read_pairs and gsm8k do.
+    test: the dataset's own, else a tenth.  val: a tenth, at most 500.  No question is in two splits, not even with
+    other whitespace: the first answer to a repeated question counts, and a printed line says how many were left out.
+    Raises InputError if there are fewer than ten questions, and as read_pairs and gsm8k do.
     """
-    sets = gsm8k(data_dir) if name == "gsm8k" else {"train": read_pairs(name.removeprefix("qa:")), "test": []}
-    tested, first = dict(sets["test"]), dict(reversed(sets["train"]))
-    pairs = sorted((question, answer) for question, answer in first.items() if question not in tested)
-    n, tenth = len(pairs), len(pairs) // 10
+    files = gsm8k(data_dir) if name == "gsm8k" else {"train": read_pairs(name.removeprefix("qa:")), "test": []}
+    first = {}   # {question: its first pair}
+    for question, answer in files["test"] + files["train"]:
+        first.setdefault(normalize(question), (question, answer))
+    tested = {normalize(question) for question, _ in files["test"]}
+    pairs = sorted(pair for question, pair in first.items() if question not in tested)
+    n, tenth, left_out = len(pairs), len(pairs) // 10, len(files["train"]) - len(pairs)
+    if left_out:
+        differ = sum(final_answer(first[normalize(q)][1]) != final_answer(a) for q, a in files["train"])
+        print(f"{name}: {left_out} pairs repeat an earlier question and are left out; {differ} of them have a "
+              f"different answer")
     if tenth < 1:
-        raise InputError(f"{name} has {n} different questions: at least 10 are needed, to train, validate and test on")
+        raise InputError(f"{name} has {n} different questions, at least 10 are needed for train, val and test: "
+                         f"add pairs")
     pairs = [pairs[i] for i in torch.randperm(n, generator=generator("test pairs")).tolist()]
-    test = sets["test"] or [pairs.pop() for _ in range(tenth)]
-    pairs = [pairs[i] for i in torch.randperm(len(pairs), generator=generator("val pairs", seed)).tolist()]
-    n_val = min(MOST_VAL, tenth)
+    test = files["test"] or [pairs.pop() for _ in range(tenth)]
+    pairs = [pairs[i] for i in torch.randperm(len(pairs), generator=generator("val pairs", 0)).tolist()]
+    n_val = min(MAX_VAL_SIZE, tenth)
     return {"train": pairs[n_val:], "val": pairs[:n_val], "test": test}
 
 
 def final_answer(text):
-    """What is compared of an answer: what follows the last "####", or else all of it, without spaces around.
+    """Return the part of an answer that is compared: the text after the last "####", or all of it, stripped.
 
-    A number loses thousands' commas, a dollar sign in front and a full stop behind: "#### $1,234." is "1234".
+    A number loses its thousands separators, a leading dollar sign and a final period: "#### $1,234." gives "1234".
     """
     answer = text.rpartition("####")[2].strip()
     number = re.fullmatch(r"(-?)\$?(-?)(\d+|\d{1,3}(?:,\d{3})+)(\.\d+)?\.?", answer)
@@ -89,16 +99,17 @@ def final_answer(text):
 
 
 class QuestionAnswering(ExactMatch):
-    """Question-answer pairs as tokens: the prompt "Question: {question}\\nAnswer:", the answer " {answer}" and its end.
+    """Answer questions: the prompt is "Question: {question}\\nAnswer:", the answer " {answer}" and an end token.
 
-    Both are encoded apart: a prompt has the same tokens in training and in marking. splits: from split_pairs.
-    Training pairs that exceed block_size, the model's context, are left out, `left_out` of them; val and test stay
-    whole, and a problem that finds no room is not solved. Raises InputError where no training pair fits.
+    Prompt and answer are encoded separately, so that a prompt has the same tokens in training and in evaluation.
+    splits: from split_pairs.  block_size: the context of the model. Training pairs that exceed it are left out. val
+    and test keep every pair, and a problem that exceeds the context counts as not solved. Raises InputError if no
+    training pair fits.
     """
 
     def __init__(self, name, splits, tokenizer, block_size, device="cpu"):
         def needed(prompt, answer):
-            return len(prompt) + len(answer) - 1   # of the context: the last token is only a target
+            return len(prompt) + len(answer) - 1   # the last token is only a target
 
         self.name, self.tokenizer, self.device, self.end = name, tokenizer, device, end_token(tokenizer)
         self.splits = {split: [self.encode(*pair) for pair in pairs] for split, pairs in splits.items()}
@@ -112,37 +123,43 @@ class QuestionAnswering(ExactMatch):
         self.eval_problems = {"val": self.problems("val", QA_EVAL_SIZE), "test": self.problems("test")}
         self.data_config = {"data": name, "sha256": hashlib.sha256(json.dumps(splits).encode("utf-8")).hexdigest()}
 
+    def describe(self):
+        """Return the number of pairs in each split, and how many are left out, for a reader."""
+        text = f"{self.name}: {', '.join(f'{len(pairs)} pairs in {split}' for split, pairs in self.splits.items())}"
+        return text + (f"; {self.left_out} training pairs exceed the model's context and are left out"
+                       if self.left_out else "")
+
     def encode(self, question, answer):
-        """A pair as tokens: prompt (P,) and answer (A,) with its end, int64."""
+        """Encode a pair as a prompt (P,) and an answer (A,) with its end token, int64."""
         prompt, answer = map(self.tokenizer.encode_ordinary, (f"Question: {question}\nAnswer:", f" {answer}"))
         return torch.tensor(prompt), torch.tensor(answer + [self.end])
 
     def text(self, tokens):
-        """tokens (T,), but for the end token, as text; bytes that are no UTF-8 become the replacement character."""
+        """Decode tokens (T,) without the end token; bytes that are not UTF-8 become the replacement character."""
         return self.tokenizer.decode([t for t in tokens.tolist() if t != self.end])
 
     def read(self, tokens):
         return final_answer(self.text(tokens))
 
     def batch(self, size, seed, step):
-        """Training pairs x, y (size, T) int64 on the device; the loss is on the answer and its end."""
+        """Draw training pairs x and y, both (size, T) int64 on the device; targets are the answer and its end."""
         index = pick(len(self.fitting["train"]), size, generator("pairs", seed, step))
         return self.stack([self.fitting["train"][i] for i in index])
 
     def problems(self, split, n=None):
-        """The first n problems of a split, or all: prompts (P,) and answers (A,), int64, in two tuples."""
+        """Return the first n problems of a split (default: all) as two tuples: prompts (P,) and answers (A,), int64."""
         return tuple(zip(*self.splits[split][:n]))
 
     def stack(self, pairs):
-        """(prompt, answer) pairs of tokens -> x and y, both (n, T), padded on the right, y shifted by one."""
+        """Stack (prompt, answer) pairs to x and y, both (n, T) on the device, padded on the right; y is x shifted."""
         x = [torch.cat([p, a[:-1]]) for p, a in pairs]
         y = [torch.cat([torch.full_like(p[1:], IGNORE_INDEX), a]) for p, a in pairs]
-        return (pad_sequence(x, batch_first=True).to(self.device),
-                pad_sequence(y, batch_first=True, padding_value=IGNORE_INDEX).to(self.device))
+        return (to_device(pad_sequence(x, batch_first=True), self.device),
+                to_device(pad_sequence(y, batch_first=True, padding_value=IGNORE_INDEX), self.device))
 
     @torch.no_grad()
-    def loss_of(self, model, split, batch_size=8):
-        """Mean cross entropy in nats of the answers' tokens, of the pairs of a split that fit; None where none does."""
+    def answer_loss(self, model, split, batch_size=8):
+        """Return the mean cross entropy in nats of the answer tokens, over the pairs of a split that fit (or None)."""
         total, count = 0.0, 0
         for first in range(0, len(self.fitting[split]), batch_size):
             x, y = self.stack(self.fitting[split][first:first + batch_size])
@@ -151,5 +168,5 @@ class QuestionAnswering(ExactMatch):
         return total / count if count else None
 
     def line(self, prompt, answer, prediction):
-        """The prompt, the right answer and the model's."""
+        """Return the prompt, the right answer and the model's answer as a string."""
         return f"{self.text(prompt)}{self.text(answer)}\nModel:{self.text(prediction)}"

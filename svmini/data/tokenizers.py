@@ -1,37 +1,36 @@
-"""Tokenizers: byte-pair encoding that is trained here, and GPT-2's. Both are a tiktoken.Encoding, of which svmini uses
-encode_ordinary(text), decode(ids), n_vocab and eot_token."""
+"""Tokenizers: a byte-pair encoding that svmini trains, and GPT-2's. Both are a tiktoken.Encoding."""
 
 from collections import Counter, defaultdict
 
 from ..errors import MissingFile
 
 GPT2_VOCAB = 50257
-# Where GPT-2 cuts a text, so that no token crosses a cut: contractions, words, numbers, other marks, spaces
+# GPT-2 cuts a text into contractions, words, numbers, punctuation and spaces; no token crosses a cut
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
-def tokenizer_of(kept):
-    """The tokenizer that a model keeps the name or the ranks of: "gpt2", or what train_bpe returned."""
-    return gpt2_tokenizer() if kept == "gpt2" else bpe_tokenizer(kept)
+def tokenizer_of(stored):
+    """Return the tokenizer for the value that a model file stores: "gpt2", or the ranks from train_bpe."""
+    return gpt2_tokenizer() if stored == "gpt2" else bpe_tokenizer(stored)
 
 
 def train_bpe(text, vocab_size=1024):
-    """Byte-pair encoding (Sennrich et al. 2016) on bytes, as in GPT-2: the tokens' bytes in hexadecimal, by rank.
+    """Train a byte-level byte-pair encoding (Sennrich et al. 2016), as GPT-2 does.
 
-    The first 256 are the single bytes, so every text can be encoded; each further one joins the pair of tokens
-    that stands side by side most often (of equally frequent pairs the one with the smaller ids). Returns a list of
-    strings, plain values for JSON or a checkpoint; it is shorter than vocab_size where no pair is left that occurs
-    twice.
+    The first 256 tokens are the single bytes, so every text can be encoded. Each further token joins the most
+    frequent pair of adjacent tokens; of equally frequent pairs, the one with the smaller ids. Returns the bytes of
+    each token in hexadecimal, by rank: a list of strings, which JSON and checkpoints can hold. The list is shorter
+    than vocab_size if no pair occurs twice.
     """
     import regex
-    counts = Counter(regex.findall(GPT2_PATTERN, text))            # each different word once, with its count
+    counts = Counter(regex.findall(GPT2_PATTERN, text))            # each distinct word, with its count
     words = [(list(word.encode("utf-8")), n) for word, n in counts.items()]
     pair_counts, found_in = Counter(), defaultdict(set)
     for i, (ids, n) in enumerate(words):
         for pair in zip(ids, ids[1:]):
             pair_counts[pair] += n
             found_in[pair].add(i)
-    tokens = [bytes([b]) for b in range(256)]                      # a token's id is its place
+    tokens = [bytes([b]) for b in range(256)]                      # the id of a token is its index
     while len(tokens) < vocab_size:
         most = max(pair_counts.values(), default=0)
         if most < 2:
@@ -43,7 +42,7 @@ def train_bpe(text, vocab_size=1024):
             ids, n = words[i]
             shorter = join_pair(ids, pair, new)
             pairs = Counter(zip(shorter, shorter[1:]))
-            pairs.subtract(zip(ids, ids[1:]))                      # what this word gains and loses by the join
+            pairs.subtract(zip(ids, ids[1:]))                      # pairs that this word gains and loses
             for other, difference in pairs.items():
                 pair_counts[other] += n * difference
                 if difference > 0:
@@ -53,7 +52,7 @@ def train_bpe(text, vocab_size=1024):
 
 
 def join_pair(ids, pair, new):
-    """ids with every occurrence of pair, from the left, replaced by new."""
+    """Replace every occurrence of pair in ids, from left to right, by new."""
     out, i = [], 0
     while i < len(ids):
         if i + 1 < len(ids) and (ids[i], ids[i + 1]) == pair:
@@ -66,24 +65,24 @@ def join_pair(ids, pair, new):
 
 
 def bpe_tokenizer(ranks):
-    """The tokenizer of what train_bpe returned."""
+    """Return the tokenizer for the ranks from train_bpe."""
     import tiktoken
     return tiktoken.Encoding("svmini", pat_str=GPT2_PATTERN, special_tokens={}, explicit_n_vocab=len(ranks),
                              mergeable_ranks={bytes.fromhex(token): i for i, token in enumerate(ranks)})
 
 
 def gpt2_tokenizer():
-    """GPT-2's tokenizer (50,257 tokens), downloaded once by tiktoken. Raises MissingFile where it cannot."""
+    """Return GPT-2's tokenizer (50,257 tokens), which tiktoken downloads once. Raises MissingFile if that fails."""
     import tiktoken
     try:
         return tiktoken.get_encoding("gpt2")
-    except Exception as error:   # tiktoken passes on whatever its network library raises
+    except Exception as error:   # tiktoken raises whatever its network library raises
         raise MissingFile(f"GPT-2's tokenizer could not be downloaded ({type(error).__name__}): set TIKTOKEN_CACHE_DIR "
-                          f"to a folder that tiktoken filled on another device_config, or start from a model pretrained "
-                          f"here, whose trained BPE needs no network") from None
+                          f"to a folder that tiktoken filled on another computer, or use a base model that svmini "
+                          f"pretrained, whose trained BPE needs no network") from None
 
 
 def end_token(tokenizer):
-    """The token that ends an answer: <|endoftext|> in GPT-2's tokenizer, elsewhere the byte 0, which no text holds."""
+    """Return the token that ends an answer: <|endoftext|> in GPT-2's tokenizer, else the byte 0 (in no text)."""
     special = "<|endoftext|>" in tokenizer.special_tokens_set
     return tokenizer.eot_token if special else tokenizer.encode_single_token(b"\0")

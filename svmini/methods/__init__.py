@@ -1,4 +1,4 @@
-"""The methods, one file each, and the specs by which a command line names them."""
+"""The methods, one file each, and the method specs that name them on the command line."""
 
 import ast
 import difflib
@@ -7,13 +7,13 @@ import inspect
 from ..errors import InputError
 from .boft import BOFT
 from .dora import DoRA
-from .random_mask import RandomMask
 from .lora import LoRA
+from .random_mask import RandomMask
 from .svfit import SVFit
 from .svft import SVFT
 from .vera import VeRA
 
-METHODS = {   # one line a method: its spec, and the class that does it
+METHODS = {   # one line per method: its name in a spec, and its class
     "svfit": SVFit,
     "svft": SVFT,
     "lora": LoRA,
@@ -22,11 +22,16 @@ METHODS = {   # one line a method: its spec, and the class that does it
     "boft": BOFT,
     "random_mask": RandomMask,
 }
-WITHOUT_ADAPTERS = ("full", "head")   # specs without adapters: everything is trained, or the modules of also_train alone
+WITHOUT_ADAPTERS = ("full", "head")   # specs without adapters: full fine-tuning, and only the modules in also_train
+
+for method in METHODS.values():
+    if not method.examples or isinstance(method.examples, str):
+        raise TypeError(f'{method.__name__} needs examples, such as examples = ("rank=8",), or ("",) for a method '
+                        "without options: without them no test and no row of --methods all would cover it")
 
 
 def options_of(method):
-    """The options of a method and their defaults. Raises InputError for a method that is not there."""
+    """Return the options of a method with their defaults. Raises InputError if the method does not exist."""
     if method in WITHOUT_ADAPTERS:
         return {}
     if method not in METHODS:
@@ -41,14 +46,15 @@ def check_options(method, options):
     known = options_of(method)
     for name in options:
         if name not in known:
-            what = f"options: {', '.join(known)}" if known else "it takes no options"
+            what = f"options: {', '.join(known)}" if known else "it has no options"
             raise InputError(f"{method} has no option {name!r}{nearest(name, known)}; {what}")
 
 
 def parse_spec(spec):
-    """"svft:pattern=topk@query,key" -> ("svft", {"pattern": "topk"}, ("query", "key")); targets None where not named.
+    """Parse "svft:pattern=topk@query,key" into ("svft", {"pattern": "topk"}, ("query", "key")).
 
-    Raises InputError for a method or option that is not there, or an option without a value.
+    The targets are None if the spec has none. Raises InputError for an unknown method or option, or an option without a
+    value.
     """
     body, at, targets = spec.partition("@")
     method, _, listed = body.partition(":")
@@ -56,31 +62,31 @@ def parse_spec(spec):
     for item in filter(None, listed.split(",")):
         name, equals, value = item.partition("=")
         if not equals or not value:
-            raise InputError(f"{spec!r}: an option is name=value, not {item!r}")
+            raise InputError(f"{spec!r}: an option has the form name=value, not {item!r}")
         if name in options:
             raise InputError(f"{spec!r}: {name} is given twice")
         try:
             options[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            options[name] = value   # a bare spec such as banded
+            options[name] = value   # a string without quotes, such as banded
     if method not in (*WITHOUT_ADAPTERS, *METHODS) and "," in method:
         raise InputError(f"{spec!r}: options follow a colon, as in svft:off_diagonals=8,seed=1")
     check_options(method, options)
     names = tuple(t for t in targets.split(",") if t)
     if at and not names:
-        raise InputError(f"{spec!r}: after @ come targets, such as @query,value")
+        raise InputError(f"{spec!r}: targets follow the @, as in @query,value")
     if names and method in WITHOUT_ADAPTERS:
-        raise InputError(f"{spec!r}: {method} adapts no layers, so it takes no targets")
+        raise InputError(f"{spec!r}: {method} adapts no layers, so it has no targets")
     return method, options, names or None
 
 
 def canonical_spec(spec):
-    """A form of a spec that is equal for specs that mean the same: all options written out, targets as a set."""
+    """Return a form that is equal for specs with the same meaning: all options written out, targets as a set."""
     method, options, targets = parse_spec(spec)
     return method, tuple(sorted((options_of(method) | options).items(), key=str)), targets and frozenset(targets)
 
 
-def nearest(spec, specs):
-    """' (did you mean X?)' or ''."""
-    near = difflib.get_close_matches(str(spec).lower(), list(specs), n=1)
+def nearest(name, names):
+    """Return " (did you mean 'X'?)" for the most similar name, or ""."""
+    near = difflib.get_close_matches(str(name).lower(), list(names), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""

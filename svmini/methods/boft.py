@@ -2,14 +2,14 @@
 
     W = W0 Rᵀ,   R = F_m … F_1,   every block of a factor (I + Q)(I − Q)⁻¹ with Qᵀ = −Q       (section 4)
 
-F_i cuts the d_in coordinates into chunks of b 2^(i−1), views a chunk as (2, 2^(i−1), b/2), and mixes the b numbers at
-each index of the middle axis: neighbours in F_1, ever further apart after it. m = 1 is block-diagonal OFT.
-No factor mixes across chunks of c = b 2^(m−1), so R is block-diagonal with blocks of that size: they are made once a
-step, and x is rotated by one batched product instead of m of them with copies between.
-The paper and its code rotate the transposed weight, R W0ᵀ, so that F_1ᵀ stands next to W0. W0 R would be another
-family for m ≥ 2.
-Trained: the entries of every Q above its diagonal, m · d_in · (b − 1) / 2 numbers a matrix.
-Start: Q = 0, so R = I.
+F_i cuts the d_in coordinates into chunks of b 2^(i−1), views a chunk as (2, 2^(i−1), b/2), and mixes the b coordinates
+at each index of the middle axis: neighbors in F_1, coordinates that are farther apart in each later factor. m = 1 is
+block-diagonal OFT. No factor mixes across chunks of c = b 2^(m−1), so R is block-diagonal with blocks of that size.
+They are computed once per step, and one batched product rotates x, instead of m products with copies between them.
+The paper and its code rotate the transposed weight, R W0ᵀ, so F_1ᵀ is next to W0. W0 R would be another family if
+m ≥ 2.
+Trained: the entries of every Q above its diagonal, m · d_in · (b − 1) / 2 parameters per matrix.
+Start: Q = 0, so R = I and W = W0.
 """
 
 import torch
@@ -29,10 +29,11 @@ class BOFT(Adapter):
         b = self.b = block_size
         self.c = b * 2 ** (factors - 1)
         self.register_frozen("W0", linear.weight)
-        self.Q = nn.Parameter(linear.weight.new_zeros(factors, self.in_features // b, b * (b - 1) // 2))
+        shape = factors, self.in_features // b, b * (b - 1) // 2
+        self.Q = nn.Parameter(linear.weight.new_zeros(shape))
 
     def blocks(self):
-        """The rotations of all factors (m, d_in / b, b, b), by the Cayley transform."""
+        """Return the rotations of all factors (m, d_in / b, b, b), by the Cayley transform."""
         i, j = torch.triu_indices(self.b, self.b, 1, device=self.Q.device)
         Q = self.Q.new_zeros(*self.Q.shape[:2], self.b, self.b)
         Q[..., i, j] = self.Q
@@ -41,10 +42,10 @@ class BOFT(Adapter):
         return torch.linalg.solve(I - Q, I + Q)                         # (I − Q)⁻¹ and I + Q commute
 
     def rotation(self):
-        """The blocks of R = F_m … F_1 on its diagonal (d_in / c, c, c)."""
+        """Return the diagonal blocks of R = F_m … F_1 (d_in / c, c, c)."""
         b, c = self.b, self.c
         R = torch.eye(c, dtype=self.Q.dtype, device=self.Q.device).repeat(self.in_features // c, 1)   # (d_in, c)
-        for i, block in enumerate(self.blocks()):                       # (d_in / b, b, b); F_1 first, at i = 0
+        for i, block in enumerate(self.blocks()):                       # (d_in / b, b, b); F_1 first, with i = 0
             R = R.reshape(-1, 2, 2 ** i, b // 2, c).transpose(1, 2).reshape(-1, b, c)
             R = block @ R                                               # (d_in / b, b, c): rows are mixed
             R = R.reshape(-1, 2 ** i, 2, b // 2, c).transpose(1, 2)
@@ -52,10 +53,12 @@ class BOFT(Adapter):
 
     @property
     def weight(self):
-        return self.W0 @ torch.block_diag(*self.rotation()).t()         # (d_out, d_in)
+        R = torch.block_diag(*self.rotation())
+        return (self.W0.to(self.Q.dtype) @ R.t()).to(self.base_dtype)               # (d_out, d_in)
 
     def forward(self, x):
-        xR = torch.einsum("...ni,nij->...nj", x.unflatten(-1, (-1, self.c)), self.rotation())   # (..., d_in / c, c)
+        R = self.rotation().to(self.W0.dtype)
+        xR = torch.einsum("...ni,nij->...nj", x.unflatten(-1, (-1, self.c)), R)         # (..., d_in / c, c)
         return F.linear(xR.flatten(-2), self.W0, self.bias)             # W0 (Rᵀ x) + b
 
     @staticmethod
@@ -67,8 +70,8 @@ class BOFT(Adapter):
         check_int("block_size", block_size, 2, d_in)
         check_int("factors", factors, 1)
         if block_size % 2:
-            raise ValueError(f"block_size must be even, not {block_size}: a factor mixes two halves of a block")
+            raise ValueError(f"block_size must be even, not {block_size}: a factor mixes the two halves of a block")
         chunk = block_size * 2 ** (factors - 1)
         if d_in % chunk:
             raise ValueError(f"d_in={d_in} is not divisible by block_size * 2^(factors - 1) = {chunk}: "
-                             "take fewer factors or smaller blocks")
+                             "choose fewer factors or smaller blocks")

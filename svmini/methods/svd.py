@@ -1,51 +1,61 @@
-"""Thin SVD with fixed signs, computed once a process for a weight, and the cheapest exact way to apply its factors."""
+"""Thin SVD with fixed signs, computed once per weight and process, and the cheapest exact way to apply its factors."""
 
 import hashlib
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
 
-from .adapter import add_update
+from .adapter import HALF_DTYPES, add_update
 
-_known = {}   # a weight's bytes -> its factors, kept to the end: the methods of a comparison share them
+CACHE_BYTES = 2**30        # bound of the cache: the factors of two ViT-B models in float32
+_cache = OrderedDict()     # key of a weight -> its factors, least recently used first: methods in a comparison share it
 
 
 def clear_svd_cache():
-    """Drop the factors that are kept."""
-    _known.clear()
+    """Remove all cached factors."""
+    _cache.clear()
 
 
-@torch.inference_mode(False)   # what is made in inference mode could not be trained with later
+@torch.inference_mode(False)   # tensors that are created in inference mode could not take part in training
 def thin_svd(weight):
-    """weight (d_out, d_in) -> U (d_out, D), S (D,) descending, Vt (D, d_in) with D = min(d_out, d_in), in weight's
-    dtype and on its device. Computed in float64 on the CPU; in every column of U the entry of largest size is positive.
+    """Return copies of the thin SVD's factors on the weight's device.
 
-    A singular vector's sign is arbitrary, and u_i v_jᵀ changes with it: the rule makes one device_config's M mean the
-    same on another. float32 would not do: single vectors are off by 3e-4 there, and the rule can tip over.
+    weight (d_out, d_in) -> U (d_out, D), S (D,) descending, Vt (D, d_in), with D = min(d_out, d_in). The SVD is
+    computed in float64 on the CPU and cast to the weight's dtype, or to float32 for bf16 and fp16. In every column of U
+    the entry of largest absolute value is positive.
+
+    The sign of a pair of singular vectors is arbitrary, and u_i v_jᵀ changes with it. The rule makes M mean the same on
+    every machine. float32 would not suffice: single vectors are off by 3e-4 there, and the rule can tip over.
     """
     W = weight.detach().cpu()
-    key = (hashlib.sha256(W.contiguous().numpy()).hexdigest(), W.shape, W.dtype)
-    if key not in _known:
+    key = (hashlib.sha256(W.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest(), W.shape, W.dtype)
+    if key in _cache:
+        _cache.move_to_end(key)
+    else:
         tall = W.double() if W.shape[0] >= W.shape[1] else W.double().t()   # LAPACK is faster on the tall one
         U, S, Vt = torch.linalg.svd(tall, full_matrices=False)
         if tall.shape != W.shape:
             U, Vt = Vt.t(), U.t()
         largest = U.gather(0, U.abs().argmax(dim=0, keepdim=True))          # (1, D)
         sign = torch.where(largest < 0, -1.0, 1.0)                          # (1, D)
-        _known[key] = tuple(t.to(W.dtype).contiguous() for t in (U * sign, S, Vt * sign.t()))
-    return tuple(t.to(weight.device) for t in _known[key])
+        dtype = torch.float32 if W.dtype in HALF_DTYPES else W.dtype
+        _cache[key] = tuple(t.to(dtype).contiguous() for t in (U * sign, S, Vt * sign.t()))
+        while sum(t.nbytes for factors in _cache.values() for t in factors) > CACHE_BYTES and len(_cache) > 1:
+            _cache.popitem(last=False)
+    return tuple(t.to(weight.device, copy=True) for t in _cache[key])
 
 
 def apply_factors(x, U, core, Vt, bias):
     """x (..., d_in) -> x Wᵀ + b (..., d_out) with W = U core Vᵀ, core (D,) for a diagonal or (D, D).
 
-    Three exact orders; which is cheapest follows from counting the products of a training step, forward and backward
-    to x and core (U and V are frozen), in units of T d_out d_in (T tokens, a = D / max(d_out, d_in)):
+    There are three exact orders. The cheapest one follows from counting the products of a training step, forward and
+    backward to x and core (U and V are frozen), in units of T d_out d_in (T tokens, a = D / max(d_out, d_in)):
       diagonal core   build W first  3 + 2D/T                  through the activations  2 + 2a
       any core        build W first  3 + 2(1 + a)D/T           folded into the smaller factor  2 + 3a + 2aD/T
                                                                through the activations  2 + 5a
-    So a square matrix is built for many tokens (T > 2D, T > D), a wide or tall one (a below 1/2, 1/3) never. Measured
-    at D = 768 on a 2-core CPU the orders cross at T = 1,300 (diagonal) and 720 (any): the rule is close enough.
+    So W is built for a square matrix and many tokens (T > 2D, T > D), and never for a wide or tall one (a below 1/2,
+    1/3). Measured at D = 768 on a 2-core CPU, the orders cross at T = 1,300 (diagonal) and 720 (any core).
     """
     D, T = core.shape[0], x.numel() // x.shape[-1]
     a = D / max(U.shape[0], Vt.shape[1])
@@ -64,22 +74,22 @@ def apply_factors(x, U, core, Vt, bias):
 
 
 def builds_first(x, shape, r, dense=False):
-    """Return True if W = W0 + U core Vᵀ costs less built first than applied as W0 x plus a rank-r update.
+    """Return True if it costs less to build W = W0 + U core Vᵀ first than to add a rank-r update to W0 x.
 
-    Forward and backward, in units of one T x d_out x d_in product, as in apply_factors. x (..., d_in), shape
-    (d_out, d_in), core (r,), or (r, r) if dense.
+    Counts a training step, forward and backward, in units of one T x d_out x d_in product, as apply_factors does.
+    x (..., d_in), shape (d_out, d_in), core (r,), or (r, r) if dense.
     """
     (d_out, d_in), T = shape, x.numel() // x.shape[-1]
     update = 2 + 2 * (r / d_out + r / d_in) + dense * 3 * r * r / (d_out * d_in)
     return T > 0 and 3 + 2 * r / T + dense * 2 * r * r / (T * d_in) < update
 
 
-def apply_beside(x, W0, U, core, Vt, bias):
+def apply_with_residual(x, W0, U, core, Vt, bias):
     """x (..., d_in) -> x Wᵀ + b (..., d_out) with W = W0 + U core Vᵀ, core (r,) for a diagonal or (r, r).
 
-    Two exact orders, see builds_first: W built first, or W0 x and then the update.
+    Takes the cheaper of two exact orders by builds_first: W first, or W0 x and then the update.
     """
-    dense = core.dim() == 2
+    dense, core = core.dim() == 2, core.to(U.dtype)
     if builds_first(x, W0.shape, len(core), dense):
         return F.linear(x, W0 + (U @ core if dense else U * core) @ Vt, bias)
     h = F.linear(x, Vt)                                                     # (..., r)

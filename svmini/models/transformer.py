@@ -1,7 +1,7 @@
-"""The transformer that GPT and ViT share: attention, MLP and the pre-LayerNorm block.
+"""The transformer that GPT and ViT share: multi-head attention, the MLP and the pre-LayerNorm block.
 
-Vaswani et al., arXiv 1706.03762, with LayerNorm before each part instead of after it (GPT-2, ViT).
-Query, key, value and out are separate nn.Linears, so that a method can adapt each of them alone.
+Vaswani et al., arXiv 1706.03762, with the LayerNorm before each sublayer (GPT-2, ViT) instead of after it.
+Query, key, value and out are separate nn.Linear layers, so that each can be adapted on its own.
 """
 
 import math
@@ -14,7 +14,10 @@ from ..errors import InputError
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: softmax(q kᵀ / √d_head) v, head by head, then `out`."""
+    """Multi-head self-attention: softmax(q kᵀ / √d_head) v in each head, then the linear layer `out`.
+
+    causal: whether a token attends only to itself and earlier tokens.
+    """
 
     def __init__(self, d_model, n_head, causal, dropout=0.0):
         super().__init__()
@@ -25,59 +28,63 @@ class Attention(nn.Module):
         self.n_head, self.causal, self.dropout = n_head, causal, dropout
 
     def forward(self, x, cache=None):
+        """Map x (B, T, d) to (B, T, d). cache: a KVCache; its tokens come before those of x."""
         B, T, d = x.shape
 
-        def heads(y):
+        def split_heads(y):
             return y.view(B, y.shape[1], self.n_head, d // self.n_head).transpose(1, 2)   # (B, heads, T, d_head)
 
         q, k, v = self.query(x), self.key(x), self.value(x)                      # (B, T, d)
         if cache is None:
-            rule = {"is_causal": self.causal, "dropout_p": self.dropout if self.training else 0.0}
+            options = {"is_causal": self.causal, "dropout_p": self.dropout if self.training else 0.0}
         else:
-            k, v = cache.add(self, k, v)                                         # (B, S, d): of all that was read
-            rule = {"attn_mask": cache.seen}                                     # (B, 1, T, S)
-        y = F.scaled_dot_product_attention(heads(q), heads(k), heads(v), **rule)   # (B, heads, T, d_head)
+            k, v = cache.update(self, k, v)                                      # (B, S, d), S tokens so far
+            options = {"attn_mask": cache.mask}                                  # (B, 1, T, S)
+        y = F.scaled_dot_product_attention(split_heads(q), split_heads(k), split_heads(v), **options)
         return self.out(y.transpose(1, 2).reshape(B, T, d))                      # (B, T, d)
 
 
 class KVCache:
-    """Keys and values of the tokens that a causal model has read: each token then goes through the model only once.
+    """The keys and values of all tokens that a causal model has read, so that it reads each token only once.
 
-    The rows of a batch may be of different lengths. The next token of row i stands at position lengths[i], and its
-    key and value are kept there. A token at position p sees those at 0 to p; what padding left behind row i's end
-    is not seen, and is overwritten. size: the most tokens of a row. For evaluation: there is no dropout.
+    The rows of a batch can have different lengths. The next token of row i is at position lengths[i], and that is
+    where its key and value are stored. A token at position p attends to positions 0 to p. Padding at the end of a
+    shorter row is stored as well, but no later token attends to it, and the next tokens overwrite it.
+
+    size: the largest number of tokens in a row. The cache is for evaluation: attention with it has no dropout.
     """
 
     def __init__(self, size):
-        self.size, self.used = size, 0    # places in a row: that there are, that the longest row has filled
-        self.lengths = 0                  # (B,) after the first tokens
-        self.kept = {}                    # {Attention: [keys (B, size, d), values (B, size, d)]}
+        self.size = size
+        self.used = 0         # positions that are filled in the longest row
+        self.lengths = 0      # tokens in each row, (B,) once there are any
+        self.stored = {}      # {Attention: [keys (B, size, d), values (B, size, d)]}
 
-    def place(self, B, T, device):
-        """Positions (B, T) of the next T tokens of each row."""
+    def next_positions(self, B, T, device):
+        """Return the positions (B, T) of the next T tokens of each row, and expect these tokens in `update`."""
         self.used = min(self.used + T, self.size)
         start = torch.zeros(B, dtype=torch.int64, device=device) + self.lengths                       # (B,)
-        self.at = start[:, None] + torch.arange(T, device=device)                                     # (B, T)
-        self.seen = torch.arange(self.used, device=device) <= self.at[:, None, :, None]               # (B, 1, T, S)
-        return self.at
+        self.positions = start[:, None] + torch.arange(T, device=device)                              # (B, T)
+        self.mask = torch.arange(self.used, device=device) <= self.positions[:, None, :, None]        # (B, 1, T, S)
+        return self.positions
 
-    def add(self, layer, *new):
-        """Keep a layer's keys and values (B, T, d) at the places last given; returns all it has, (B, S, d) each."""
-        if layer not in self.kept:
-            self.kept[layer] = [y.new_zeros(len(y), self.size, y.shape[-1]) for y in new]
-        rows = torch.arange(len(self.at), device=self.at.device)[:, None]                             # (B, 1)
-        for kept, y in zip(self.kept[layer], new):
-            kept[rows, self.at] = y
-        return [kept[:, :self.used] for kept in self.kept[layer]]
+    def update(self, layer, *new):
+        """Store a layer's keys and values (B, T, d) of the next tokens; return those of all tokens, (B, S, d) each."""
+        if layer not in self.stored:
+            self.stored[layer] = [y.new_zeros(len(y), self.size, y.shape[-1]) for y in new]
+        rows = torch.arange(len(self.positions), device=self.positions.device)[:, None]               # (B, 1)
+        for stored, y in zip(self.stored[layer], new):
+            stored[rows, self.positions] = y
+        return [stored[:, :self.used] for stored in self.stored[layer]]
 
-    def keep(self, rows):
-        """Go on with these rows alone, a list of their numbers."""
+    def select_rows(self, rows):
+        """Keep only these rows, a list of indices."""
         self.lengths = self.lengths[rows]
-        self.kept = {layer: [y[rows] for y in both] for layer, both in self.kept.items()}
+        self.stored = {layer: [y[rows] for y in both] for layer, both in self.stored.items()}
 
 
 class MLP(nn.Module):
-    """down(gelu(up(x)))."""
+    """Two linear layers: down(gelu(up(x)))."""
 
     def __init__(self, d_model, d_mlp, gelu):
         super().__init__()
@@ -90,10 +97,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm1(x)), then x + mlp(norm2(x)); shapes (B, T, d) in and out.
+    """One pre-LayerNorm block: x + attention(norm1(x)), then x + mlp(norm2(x)), both (B, T, d).
 
-    causal: a token sees only itself and those before it.  gelu: "tanh" (GPT-2) or "none" (exact, ViT).
-    eps: of the LayerNorms, 1e-5 in GPT-2 and 1e-6 in ViT.  cache: keys and values of the tokens before these.
+    causal: whether a token attends only to itself and earlier tokens.
+    gelu: "tanh" for GPT-2's approximation, "none" for the exact function (ViT).
+    eps: of the LayerNorms, 1e-5 in GPT-2 and 1e-6 in most ViTs.
     """
 
     def __init__(self, d_model, n_head, d_mlp, *, causal, gelu, eps, dropout=0.0):
@@ -110,10 +118,10 @@ class Block(nn.Module):
 
 
 def init_linears(module, std, n_layer=None):
-    """Draw every nn.Linear weight from N(0, std²) and set its bias to 0, from torch's global generator.
+    """Draw the weight of every nn.Linear from N(0, std²) with torch's global generator and set its bias to zero.
 
-    With n_layer, the two maps that end in the residual stream, `out` and `down`, get std / √(2 n_layer), so that
-    the sum of 2 n_layer of them keeps its size (GPT-2).
+    n_layer: if given, the two layers that write to the residual stream, `out` and `down`, get std / √(2 n_layer),
+        so that the sum of 2 n_layer such layers keeps its variance (GPT-2).
     """
     for name, part in module.named_modules():
         if isinstance(part, nn.Linear):
@@ -123,13 +131,15 @@ def init_linears(module, std, n_layer=None):
                 nn.init.zeros_(part.bias)
 
 
-def check_config(config, whole):
-    """Raise InputError unless the fields named in `whole` are positive whole numbers and d_model is divisible by
-    n_head: what GPTConfig and ViTConfig have in common."""
-    for name in whole:
+def check_config(config, sizes):
+    """Check a GPTConfig or ViTConfig: the fields in `sizes` must be positive integers and n_head must divide d_model.
+
+    Raises InputError.
+    """
+    for name in sizes:
         value = getattr(config, name)
         if not isinstance(value, int) or value < 1:
-            raise InputError(f"{name} must be a whole number of at least 1, not {value!r}")
+            raise InputError(f"{name} must be an integer of at least 1, not {value!r}")
     if config.d_model % config.n_head:
         raise InputError(f"d_model={config.d_model} is not divisible by n_head={config.n_head}: "
-                         "every head takes an equal share of the width")
+                         "all heads have the same width")

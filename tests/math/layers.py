@@ -1,4 +1,4 @@
-"""What the tests of the methods share: their specs, shapes that fit, and a way to leave the start."""
+"""What the tests of the methods share: specs, shapes that fit them, and a way to move away from the start."""
 
 import torch
 import torch.nn as nn
@@ -7,13 +7,14 @@ from svmini import METHODS
 from svmini.methods import parse_spec
 from svmini.methods.adapter import Adapter
 
-EPS = {torch.float32: 1e-5, torch.float64: 1e-10}   # relative to the largest number
+EPS = {torch.float32: 1e-5, torch.float64: 1e-10}   # relative to the largest entry
 SHAPES = {"square": (16, 16), "wide": (16, 24), "tall": (24, 16)}
-TOKENS = (3, 20, 200)                               # few and many: test_svd.py shows that they take every path
+OWN = ("svfit", "svft", "lora", "dora", "vera", "boft", "random_mask")  # other methods were added by a reader
+TOKENS = (3, 20, 200)                               # few and many, so that every order of products is taken
 
 
 def specs():
-    """Every case of every method that is registered now, such as "lora:rank=8"."""
+    """Return every example and test option of every registered method, as specs such as "lora:rank=8"."""
     return [f"{name}:{options}" for name, method in METHODS.items()
             for options in (*method.examples, *method.test_options)]
 
@@ -28,14 +29,13 @@ def fits(spec, shape):
 
 
 def shapes_of(spec):
-    """The shapes that a spec's options fit, of three: square, wide and tall, and larger ones where these are too small.
-    A spec that fits none is an error of this file."""
+    """Return those of a square, a wide and a tall shape that the options fit, larger ones if these are too small."""
     for size in (1, 4, 16):
         fitting = [(size * d_out, size * d_in) for d_out, d_in in SHAPES.values()
                    if fits(spec, (size * d_out, size * d_in))]
         if fitting:
             return fitting
-    raise AssertionError(f"{spec} fits no shape: give shapes_of one that it fits")
+    raise AssertionError(f"{spec} fits no shape of this file: give shapes_of one that it fits")
 
 
 def linear(shape="square", dtype=torch.float64, seed=0):
@@ -44,10 +44,15 @@ def linear(shape="square", dtype=torch.float64, seed=0):
     return nn.Linear(d_in, d_out, dtype=dtype)
 
 
-def layer_of(spec, shape="square", dtype=torch.float64, moved=True, seed=0):
-    """An adapter on linear(shape, dtype, seed), away from its start unless moved=False."""
+def adapter(spec, base):
+    """Return a new adapter of this spec on an nn.Linear."""
     method, options, _ = parse_spec(spec)
-    layer = METHODS[method](linear(shape, dtype, seed), **options)
+    return METHODS[method](base, **options)
+
+
+def layer_of(spec, shape="square", dtype=torch.float64, moved=True, seed=0):
+    """Return an adapter on linear(shape, dtype, seed), moved away from its start unless moved=False."""
+    layer = adapter(spec, linear(shape, dtype, seed))
     return move(layer) if moved else layer
 
 
@@ -64,8 +69,9 @@ def trained(model):
 
 
 def noise(model, seed=2, share=0.3):
-    """For every trained parameter of a model or adapter, in order, a random tensor of its shape. An adapter's are as
-    large as moves its weight by at most `share` of its length: 1 is much for one method and little for another."""
+    """Return a random tensor for every trainable parameter of a model or adapter, in order. Those of an adapter have
+    the scale that moves its weight by at most `share` of its norm: a step of 1 is large for one method and small for
+    another."""
     generator, drawn = torch.Generator().manual_seed(seed), {}
     for part in model.modules():
         own = trained(part) if isinstance(part, Adapter) else []
@@ -78,14 +84,15 @@ def noise(model, seed=2, share=0.3):
 
 @torch.no_grad()
 def size_that_moves(layer, parameters, direction, share):
-    """The power of two by which a direction moves the layer's weight by `share` of its length, or half as much."""
+    """Return the power of two by which a direction moves the layer's weight by `share` to half a `share` of its
+    norm."""
     start, W, size, moved = [p.clone() for p in parameters], layer.weight.clone(), 2.0 ** -12, 0
     while moved <= share:                                   # from below: a large Q of BOFT is the identity again
         size *= 2
         for p, s, d in zip(parameters, start, direction):
             p.copy_(s + size * d)
         moved = (layer.weight - W).norm() / W.norm()
-        assert size < 1e6, f"{type(layer).__name__}'s weight hardly changes, however far its numbers are moved"
+        assert size < 1e6, f"the weight of {type(layer).__name__} hardly changes, however far its parameters are moved"
     for p, s in zip(parameters, start):
         p.copy_(s)
     return size / 2
@@ -93,15 +100,15 @@ def size_that_moves(layer, parameters, direction, share):
 
 @torch.no_grad()
 def move(model, seed=2, share=0.3):
-    """Move every trained number away from the start, where most mistakes cannot be seen; returns the model."""
+    """Move every trainable parameter away from the start, which hides most mistakes. Returns the model."""
     for p, d in zip(trained(model), noise(model, seed, share)):
         p += d
     return model
 
 
 def assert_close(got, expected, eps=1e-12):
-    """Equal to eps of the largest expected number."""
+    """Assert equality up to eps times the largest expected entry, and equal shapes and dtypes."""
     got, expected = got.detach(), expected.detach()
     assert got.shape == expected.shape and got.dtype == expected.dtype
     error = (got - expected).abs().max() / expected.abs().max() if got.numel() else 0
-    assert error <= eps, f"off by {error:.1e} of the largest number, {eps:.0e} allowed"
+    assert error <= eps, f"off by {error:.1e} of the largest entry, {eps:.0e} allowed"

@@ -1,4 +1,4 @@
-"""What the papers of SVFT and SVFit say of their methods, beside counts and gradients."""
+"""Properties of SVFT and SVFit that their papers state, and where the authors' code differs from the paper."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from layers import SHAPES, assert_close, layer_of, linear, move, tokens, weight_of
+from layers import SHAPES, assert_close, layer_of, linear, tokens, weight_of
 from svmini import METHODS, adapt
 from svmini.methods.svd import thin_svd
 
@@ -17,7 +17,7 @@ def rank_of(W):
 
 
 def share(part, whole):
-    """How much of a matrix's energy a part of it holds."""
+    """Return the fraction of the energy of `whole` that `part` has."""
     return (part.square().sum() / whole.square().sum()).item()
 
 
@@ -30,10 +30,10 @@ def set_M(layer, M):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_lemma_a_a_diagonal_m_keeps_the_singular_vectors(shape):
-    """Up to sign and order; an off-diagonal entry does not."""
+    """They stay the same up to sign and order. An off-diagonal entry changes them."""
     layer = layer_of("svft:pattern=plain", shape, moved=False)
     U, S, Vt = thin_svd(linear(shape).weight)
-    core = torch.linspace(-1.05, 1, 16, dtype=torch.float64)    # signs and orders change, and all sizes differ
+    core = torch.linspace(-1.05, 1, 16, dtype=torch.float64)    # signs and order change, and all sizes differ
     set_M(layer, core - S)
     assert_close(U.t() @ weight_of(layer) @ Vt.t(), torch.diag(core))
     new_U, new_S, new_Vt = torch.linalg.svd(weight_of(layer), full_matrices=False)
@@ -57,8 +57,8 @@ def test_lemma_b_a_dense_m_reaches_every_target_of_a_square_matrix():
 
 
 @pytest.mark.parametrize("shape", ("wide", "tall"))
-def test_a_third_of_a_target_is_out_of_reach_of_thin_factors(shape):
-    """16 x 24 or 24 x 16: nothing changes in 8 of 24 dimensions, whatever M is. (The paper's full V has them.)"""
+def test_thin_factors_cannot_reach_a_third_of_a_target(shape):
+    """16 x 24 or 24 x 16: no M changes anything in 8 of 24 dimensions, which only the paper's full V contains."""
     layer, out_of_reach = layer_of("svft:off_diagonals=15", shape, moved=False), []
     W0, (U, _, Vt) = weight_of(linear(shape)), thin_svd(linear(shape).weight)
     for seed in range(100):
@@ -66,7 +66,7 @@ def test_a_third_of_a_target_is_out_of_reach_of_thin_factors(shape):
         set_M(layer, U.t() @ (P - W0) @ Vt.t())
         layer.zero_grad()
         (layer.weight - P).square().sum().backward()
-        assert layer.M.grad.abs().max() < 1e-11                 # no M comes nearer: the distance is convex in M
+        assert layer.M.grad.abs().max() < 1e-11                 # no M is closer: the distance is convex in M
         out_of_reach.append(share(weight_of(layer) - P, P - W0))
     assert abs(sum(out_of_reach) / 100 - 8 / 24) < 0.01 and min(out_of_reach) > 0.2
 
@@ -74,7 +74,7 @@ def test_a_third_of_a_target_is_out_of_reach_of_thin_factors(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("k", (1, 3, 8, 16, 40))
 def test_lemma_c_the_rank_of_an_update_is_at_most_k(shape, k):
-    """For any k positions, at most D; on the diagonal the bound is reached. LoRA's is at most r, by more numbers."""
+    """For any k positions; the diagonal reaches the bound. LoRA needs more parameters for the same rank."""
     W0 = weight_of(linear(shape))
     layer = layer_of("svft:pattern=random", shape, moved=False)
     with torch.no_grad():
@@ -91,26 +91,16 @@ def test_lemma_c_the_rank_of_an_update_is_at_most_k(shape, k):
         assert rank_of(weight_of(lora) - W0) == k < lora.A.numel() + lora.B.numel()
 
 
-# ---- SVFT: where M stands; and where the authors' code leaves their paper ----
+# ---- SVFT: the positions of M, and where the authors' code differs from their paper ----
 
 PATTERNS = ("pattern=plain", "off_diagonals=3", "pattern=random,off_diagonals=3", "pattern=topk,off_diagonals=3")
 
 
-@pytest.mark.parametrize("options", PATTERNS)
-def test_svft_starts_as_the_identity_and_has_no_gate(options):
-    """Theirs draws M and multiplies it by a trained sigmoid."""
-    layer, W0, x = layer_of(f"svft:{options}", moved=False), weight_of(linear()), tokens(5, 16)
-    assert not layer.M.any() and [name for name, _ in layer.named_parameters()] == ["M"]
-    assert_close(layer(x), linear()(x))
-    once = weight_of(move(layer)) - W0
-    set_M(layer, 2 * layer.M)                                   # twice M is twice the change: nothing stands between
-    assert_close(weight_of(layer) - W0, 2 * once)
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rank", (None, 1, 5, 15))
-def test_m_stands_at_its_positions(rank, shape):
-    """W = W0 + U_r M V_rᵀ by any pattern, r = D without a rank: u_i v_jᵀ and not u_j v_iᵀ."""
+def test_m_is_placed_at_its_positions(rank, shape):
+    """W = W0 + U_r M V_rᵀ for every pattern, r = D without a rank: u_i v_jᵀ and not u_j v_iᵀ. Nothing multiplies M,
+    such as the trained gate of the authors' code."""
     W0, (U, _, Vt) = weight_of(linear(shape)), thin_svd(linear(shape).weight)
     r = rank or 16
     for options in PATTERNS:
@@ -127,38 +117,38 @@ def test_m_stands_at_its_positions(rank, shape):
 
 
 def test_random_positions_are_distinct_and_follow_the_seed():
-    """Theirs can draw a position twice."""
-    def where(options="", shape="square"):
+    """The authors' code can draw a position twice."""
+    def positions(options="", shape="square"):
         return layer_of(f"svft:pattern=random{options}", shape, moved=False).indices.tolist()
 
     for d in (0, 2, 7, 15):
         for seed in range(5):
-            drawn = where(f",off_diagonals={d},seed={seed}")
+            drawn = positions(f",off_diagonals={d},seed={seed}")
             assert len(set(drawn)) == len(drawn) == METHODS["svft"].count(16, 16, off_diagonals=d)
             assert drawn == sorted(drawn) and 0 <= drawn[0] and drawn[-1] < 256
-    assert where() == where(",seed=0") == where(shape="wide") != where(",seed=1")    # the same for all of one D
-    assert where(",off_diagonals=15") == list(range(256))
+    assert positions() == positions(",seed=0") == positions(shape="wide") != positions(",seed=1")
+    assert positions(",off_diagonals=15") == list(range(256))
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_topk_takes_the_largest_u_i_t_v_j(seed):
-    """Theirs ranks u·v without the transpose."""
+def test_topk_chooses_the_largest_products_of_singular_vectors(seed):
+    """The authors' code ranks u·v without the transpose."""
     U, S, Vt = (t.tolist() for t in thin_svd(linear(seed=seed).weight))
-    where = layer_of("svft:pattern=topk", moved=False, seed=seed).indices.tolist()
+    chosen = layer_of("svft:pattern=topk", moved=False, seed=seed).indices.tolist()
 
     def largest(score):
         ranked = sorted(range(256), key=lambda n: -score(*divmod(n, 16)))
         return sorted(ranked[:METHODS["svft"].count(16, 16)])
 
-    assert where == largest(lambda i, j: abs(sum(U[n][i] * Vt[j][n] for n in range(16))))     # |u_iᵀ v_j|
-    assert where != largest(lambda i, j: sum(U[n][i] * Vt[j][n] for n in range(16)))          # the sign is arbitrary
-    assert where != largest(lambda i, j: abs(sum(U[i][n] * Vt[j][n] for n in range(16))))     # theirs
+    assert chosen == largest(lambda i, j: abs(sum(U[n][i] * Vt[j][n] for n in range(16))))     # |u_iᵀ v_j|
+    assert chosen != largest(lambda i, j: sum(U[n][i] * Vt[j][n] for n in range(16)))          # the sign is arbitrary
+    assert chosen != largest(lambda i, j: abs(sum(U[i][n] * Vt[j][n] for n in range(16))))     # authors' code
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rank", (4, 8, 14))
-def test_the_papers_truncation_starts_from_a_damaged_model(shape, rank):
-    """U_r (Σ_r + M) V_rᵀ lacks the energy of the other singular values at the start; svft:rank=r lacks nothing."""
+def test_the_truncation_of_the_paper_starts_from_a_damaged_model(shape, rank):
+    """U_r (Σ_r + M) V_rᵀ lacks the energy of the other singular values at the start. svft:rank=r lacks nothing."""
     base, x = linear(shape), tokens(200, SHAPES[shape][1])
     U, S, Vt = thin_svd(base.weight)
     truncated = U[:, :rank] * S[:rank] @ Vt[:rank]
@@ -167,13 +157,13 @@ def test_the_papers_truncation_starts_from_a_damaged_model(shape, rank):
     assert lost > {4: 0.3, 8: 0.08, 14: 0.0005}[rank]
     y = F.linear(x, base.weight)
     off = share(F.linear(x, truncated) - y, y)
-    assert 0.5 * lost < off < 2 * lost                          # and the layer's output is as far off
+    assert 0.5 * lost < off < 2 * lost                          # the layer's output is off by as much
     assert_close(layer_of(f"svft:rank={rank},off_diagonals=1", shape, moved=False).weight, base.weight, 0)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_random_basis_is_m_between_directions_that_w0_knows_nothing_of(shape):
-    """W = W0 + Q_1 M Q_2ᵀ, with orthonormal columns from the seed, and as many numbers as between U and V."""
+def test_a_random_basis_replaces_the_singular_vectors(shape):
+    """W = W0 + Q_1 M Q_2ᵀ with orthonormal columns from the seed, and as many parameters as between U and V."""
     layer, W0 = layer_of("svft:basis=random", shape), weight_of(linear(shape))
     for Q in (layer.U, layer.Vt.t()):
         assert_close(Q.t() @ Q, torch.eye(16, dtype=torch.float64))
@@ -182,11 +172,11 @@ def test_random_basis_is_m_between_directions_that_w0_knows_nothing_of(shape):
     assert_close(layer_of("svft:basis=random", shape, moved=False).weight, W0, 0)
     same, other = layer_of("svft:basis=random", shape, seed=5), layer_of("svft:basis=random,seed=1", shape)
     part = layer_of("svft:basis=random,rank=5", shape)
-    assert torch.equal(same.U, layer.U) and torch.equal(same.Vt, layer.Vt)      # of another W0: from the seed alone
+    assert torch.equal(same.U, layer.U) and torch.equal(same.Vt, layer.Vt)      # the seed alone decides, not W0
     assert (other.U - layer.U).abs().max() > 0.1 and (other.Vt - layer.Vt).abs().max() > 0.1
     assert torch.equal(part.U, layer.U[:, :5]) and torch.equal(part.Vt, layer.Vt[:5])
     if shape == "square":
-        assert (layer.U - layer.Vt.t()).abs().max() > 0.1                       # two draws, not one
+        assert (layer.U - layer.Vt.t()).abs().max() > 0.1                       # two separate draws
     for options in ("", ",pattern=plain", ",rank=5,off_diagonals=4"):
         assert (layer_of(f"svft:basis=random{options}", shape).M.numel()
                 == layer_of(f"svft:basis=singular{options}", shape).M.numel())
@@ -205,7 +195,7 @@ class Two(nn.Module):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_svfit_with_all_ranks_and_plain_svft_train_alike(shape):
-    """The same weights, and the same way to them: AdamW without decay, 20 steps."""
+    """The same losses and weights over 20 steps of AdamW without weight decay."""
     x, y = tokens(20, SHAPES[shape][1]), torch.arange(20) % 3
     fit = adapt(Two(shape), "svfit", targets=("query", "value"))
     svft = adapt(Two(shape), "svft", targets=("query", "value"), pattern="plain")
@@ -221,7 +211,7 @@ def test_svfit_with_all_ranks_and_plain_svft_train_alike(shape):
     assert losses[fit][-1] < losses[fit][0] - 0.1
     assert_close(torch.tensor(losses[fit]), torch.tensor(losses[svft]), 1e-10)
     for a, b in ((fit.query, svft.query), (fit.value, svft.value)):
-        assert (a.s - a.S).abs().max() > 0.05                   # or nothing was compared
+        assert (a.s - a.S).abs().max() > 0.05                   # else nothing is compared
         assert_close(a.s, b.S + b.M, 1e-10)
         assert_close(a.weight, b.weight, 1e-10)
     assert_close(fit(x), svft(x), 1e-10)
@@ -230,7 +220,7 @@ def test_svfit_with_all_ranks_and_plain_svft_train_alike(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rank", (1, 5, 15, 16))
 def test_svfit_keeps_the_residual(shape, rank):
-    """W = U_r diag(s) V_rᵀ + W_e, with W_e = W0 − U_r Σ_r V_rᵀ whatever s is."""
+    """W = U_r diag(s) V_rᵀ + W_e with W_e = W0 − U_r Σ_r V_rᵀ, for any s."""
     W0, (U, S, Vt) = weight_of(linear(shape)), thin_svd(linear(shape).weight)
     layer = layer_of(f"svfit:rank={rank}", shape)
     W_e = W0 - U[:, :rank] @ torch.diag(S[:rank]) @ Vt[:rank]
@@ -240,7 +230,7 @@ def test_svfit_keeps_the_residual(shape, rank):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("energy", (0.01, 0.3, 0.5, 0.9, 0.99, 0.999999, 1.0, 1))
-def test_energy_takes_the_smallest_rank_that_holds_it(shape, energy):
+def test_energy_chooses_the_smallest_rank_that_contains_it(shape, energy):
     S = torch.linalg.svdvals(weight_of(linear(shape))).tolist()
     total = math.fsum(s * s for s in S)
     expected = next((r for r in range(1, 17) if math.fsum(s * s for s in S[:r]) >= energy * total), 16)
@@ -250,8 +240,8 @@ def test_energy_takes_the_smallest_rank_that_holds_it(shape, energy):
 
 
 @pytest.mark.parametrize("energy, expected", [(0.58, 1), (0.63, 1), (0.65, 2), (0.99, 2)])
-def test_energy_is_of_squares(energy, expected):
-    """σ = 4, 3 holds 16/25 = 0.64 in the first, and 4/7 = 0.57 if it were not squared."""
+def test_energy_is_a_sum_of_squares(energy, expected):
+    """Of σ = (4, 3), the first value has 16/25 = 0.64 of the energy, and 4/7 = 0.57 of the plain sum."""
     base = linear()
     U, S, Vt = thin_svd(base.weight)
     base.weight = nn.Parameter(U[:, :2] * S.new_tensor([4.0, 3.0]) @ Vt[:2])

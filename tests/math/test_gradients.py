@@ -1,4 +1,4 @@
-"""Gradients of every method: against finite differences, and against the closed forms that follow from its equation."""
+"""Gradients of every method, against finite differences and the closed forms that follow from its equation."""
 
 import pytest
 import torch
@@ -12,26 +12,26 @@ from svmini.methods.svd import thin_svd
 
 
 def gradient_specs():
-    """Every spec, DoRA's with the norm in the backward pass: held constant it is no gradient, by design."""
+    """Return every spec, DoRA's with detach_norm=False: with a constant norm its backward pass is no gradient."""
     every = [spec + ",detach_norm=False" if spec.startswith("dora:") and "detach_norm" not in spec else spec
              for spec in specs()]
     return every + ["boft:block_size=4,factors=1", "svft:off_diagonals=0"]
 
 
 def check_gradient(function, inputs, directions, seed=0, step=3e-4, eps=1e-8):
-    """The slope of function() along one direction of all inputs, by autograd and by a central difference of fourth
-    order; eps is relative to the size that such a slope has.
+    """Compare the slope of function() along one direction of all inputs, by autograd and by a central difference of
+    fourth order.
 
-    function: no arguments, returns any tensor.  inputs: leaves that it reads.  directions: random tensors of their
-    shapes, each in its input's own measure. A wrong gradient of any one input shows, since a random direction is at a
-    right angle to no error. Raises AssertionError.
+    function: without arguments, returns a tensor.  inputs: leaf tensors that it reads.  directions: random tensors of
+    their shapes, each on the scale of its input. A random direction is orthogonal to no error, so a wrong gradient of
+    any one input shows.  eps: relative to the size of such a slope. Raises AssertionError.
     """
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn(function().shape, generator=generator, dtype=torch.float64)
     gradients = torch.autograd.grad((function() * weights).sum(), inputs)
     slope = sum((g * d).sum() for g, d in zip(gradients, directions))
     length = sum((g * d).square().sum() for g, d in zip(gradients, directions)).sqrt()
-    assert length > 1e-6, "the gradient sees nothing"
+    assert length > 1e-6, "the gradient is zero"
 
     @torch.no_grad()
     def at(steps):
@@ -49,7 +49,8 @@ def check_gradient(function, inputs, directions, seed=0, step=3e-4, eps=1e-8):
 
 
 def check_layer(spec):
-    """Of each trained tensor alone, of x and of all at once, for few and many tokens; number by number where few."""
+    """Check the gradient of every parameter alone, of x, and of all at once, for few and many tokens, and entry by
+    entry if there are few entries."""
     for shape in shapes_of(spec):
         layer = layer_of(spec, shape)
         own, directions = list(layer.parameters()), noise(layer, seed=5)
@@ -70,8 +71,8 @@ def test_layer(spec):
     check_layer(spec)
 
 
-def whole_model(kind):
-    """A model in float64, and a function of it: the mean loss of next tokens, or of one class a picture."""
+def tiny_model(kind):
+    """Return a model in float64 and a function that computes its loss, on next tokens or one class per image."""
     torch.manual_seed(0)
     if kind == "gpt":
         model = GPT(GPTConfig(vocab_size=11, block_size=6, n_layer=2, n_head=2, d_model=16)).double()
@@ -82,9 +83,9 @@ def whole_model(kind):
     return model.double(), lambda: F.cross_entropy(model(x), torch.arange(3))
 
 
-def check_whole_model(spec, kind):
-    """Along one direction of all trained numbers at once; and every adapted layer has a gradient."""
-    model, loss = whole_model(kind)
+def check_model(spec, kind):
+    """Check the gradient along one direction of all parameters, and that every adapted layer has a gradient."""
+    model, loss = tiny_model(kind)
     method, options, targets = parse_spec(spec)
     square = "pattern=topk" in spec
     adapt(model, method, targets=("query", "key", "value", "out") if square else targets, **options)
@@ -98,15 +99,15 @@ def check_whole_model(spec, kind):
 
 @pytest.mark.parametrize("spec", gradient_specs() + ["full", "head"])
 def test_vit(spec):
-    check_whole_model(spec, "vit")
+    check_model(spec, "vit")
 
 
 @pytest.mark.parametrize("spec", ["full", "svfit:", "svft:", "lora:", "dora:detach_norm=False", "vera:", "boft:"])
 def test_gpt(spec):
-    check_whole_model(spec, "gpt")
+    check_model(spec, "gpt")
 
 
-# ---- closed forms: what ∂L/∂W = G gives for each trained number; layer.indices names the places of M and of E ----
+# ---- closed forms: the gradient of every parameter from ∂L/∂W = G; layer.indices are the positions of M and E ----
 
 def svfit(layer, G):
     """∂L/∂s_i = u_iᵀ G v_i."""
@@ -121,13 +122,13 @@ def svft(layer, G):
         U, Vt = layer.U, layer.Vt
     r = layer.options["rank"] or len(S)
     if layer.options["pattern"] == "plain":
-        where = [(i, i) for i in range(r)]
+        at = [(i, i) for i in range(r)]
     elif layer.options["pattern"] == "banded":
         d = layer.options["off_diagonals"]
-        where = [(i, j) for i in range(r) for j in range(r) if abs(i - j) <= d]
+        at = [(i, j) for i in range(r) for j in range(r) if abs(i - j) <= d]
     else:
-        where = [divmod(n, r) for n in layer.indices.tolist()]
-    return {"M": torch.stack([U[:, i] @ G @ Vt[j] for i, j in where])}
+        at = [divmod(n, r) for n in layer.indices.tolist()]
+    return {"M": torch.stack([U[:, i] @ G @ Vt[j] for i, j in at])}
 
 
 def lora(layer, G):
@@ -152,7 +153,7 @@ def vera(layer, G):
             "d": torch.einsum("ik,i,ij,jk->j", G, layer.b, layer.B, layer.A)}
 
 
-def entries(layer, G):
+def random_mask(layer, G):
     """∂L/∂E_ij = G_ij."""
     return {"e": torch.stack([G[divmod(n, G.shape[1])] for n in layer.indices.tolist()])}
 
@@ -162,7 +163,7 @@ CLOSED = {"svfit:": svfit, "svfit:rank=5": svfit, "svfit:energy=0.9": svfit, "sv
           "svft:rank=5,off_diagonals=1": svft, "svft:rank=5,pattern=plain": svft, "svft:rank=5,pattern=topk": svft,
           "svft:basis=random": svft, "svft:basis=random,rank=5": svft, "lora:rank=3": lora, "lora:rank=3,alpha=7": lora,
           "lora:rank=3,init=pissa": lora, "dora:rank=3": dora, "dora:rank=3,alpha=7": dora, "vera:rank=5": vera,
-          "vera:rank=40,seed=2": vera, "random_mask:": entries}
+          "vera:rank=40,seed=2": vera, "random_mask:": random_mask}
 
 
 @pytest.mark.parametrize("spec", CLOSED)
@@ -173,14 +174,14 @@ def test_closed_form(spec):
             x, g = tokens(T, shape[1]), tokens(T, shape[0], seed=3)
             layer.zero_grad()
             (layer(x) * g).sum().backward()
-            expected = CLOSED[spec](layer, g.t() @ x)               # G = gᵀ x (d_out, d_in), as for a plain layer
+            expected = CLOSED[spec](layer, g.t() @ x)               # G = gᵀ x (d_out, d_in), as in nn.Linear
             assert expected.keys() == dict(layer.named_parameters()).keys()
             for name, p in layer.named_parameters():
                 assert_close(p.grad, expected[name])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_doras_constant_norm_is_no_gradient_of_a_and_b_and_one_of_x_and_m(shape):
+def test_the_constant_norm_of_dora_gives_a_gradient_of_x_and_m_but_not_of_a_and_b(shape):
     layer = layer_of("dora:rank=3", shape)
     x = tokens(20, layer.in_features).requires_grad_()
     m, A, B = noise(layer, seed=5)
@@ -192,7 +193,7 @@ def test_doras_constant_norm_is_no_gradient_of_a_and_b_and_one_of_x_and_m(shape)
 # ---- the check itself ----
 
 class Times(torch.autograd.Function):
-    """The identity, with a gradient that is `factor` times the right one."""
+    """The identity with a gradient that is `factor` times the correct one."""
 
     @staticmethod
     def forward(ctx, x, factor):
@@ -204,20 +205,19 @@ class Times(torch.autograd.Function):
         return ctx.factor * g, None
 
 
-def one_number_detached(y):
+def one_entry_detached(y):
     mask = torch.ones_like(y)
     mask.view(-1)[7] = 0
     return y * mask + (y * (1 - mask)).detach()
 
 
 WRONG = {"1 % off": lambda y: Times.apply(y, 1.01), "0.01 % off": lambda y: Times.apply(y, 1.0001),
-         "half detached": lambda y: 0.5 * y + 0.5 * y.detach(), "one number detached": one_number_detached}
+         "half detached": lambda y: 0.5 * y + 0.5 * y.detach(), "one entry detached": one_entry_detached}
 
 
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("method", METHODS)
-def test_the_check_sees_a_wrong_gradient(method, wrong):
-    """The same values with a wrong gradient."""
+def test_a_wrong_gradient_fails_the_check(method, wrong):
     spec = method + (":detach_norm=False" if method == "dora" else ":")
     layer, x = layer_of(spec, "tall"), tokens(5, 16).requires_grad_()
     inputs, along = [x, *layer.parameters()], [tokens(5, 16, seed=6), *noise(layer, seed=5)]
@@ -227,25 +227,12 @@ def test_the_check_sees_a_wrong_gradient(method, wrong):
         check_gradient(lambda: WRONG[wrong](layer(x)), inputs, along)
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-def test_the_check_sees_it_in_one_layer_of_twelve(wrong, monkeypatch):
-    model, loss = whole_model("vit")
-    move(adapt(model, "svft"))
-    along = noise(model, seed=5)
-    check_gradient(loss, trained(model), along)
-    last = model.blocks[1].mlp.down
-    monkeypatch.setattr(last, "forward", lambda x, forward=last.forward: WRONG[wrong](forward(x)))
-    with pytest.raises(AssertionError, match="off by"):
-        check_gradient(loss, trained(model), along)
-
-
-def test_the_check_sees_one_wrong_input_among_many():
-    """A factor on one parameter's gradient, all others right."""
+def test_one_wrong_gradient_among_correct_ones_fails_the_check():
     layer, x = layer_of("lora:rank=3,alpha=7"), tokens(5, 16).requires_grad_()
     inputs, along = [x, layer.A, layer.B], [tokens(5, 16, seed=6), *noise(layer, seed=5)]
 
     def forward(wrong_A=1.0, wrong_B=1.0):
-        return F.linear(x, layer.W + 7 / 3 * Times.apply(layer.B, wrong_B) @ Times.apply(layer.A, wrong_A), layer.bias)
+        return F.linear(x, layer.W0 + 7 / 3 * Times.apply(layer.B, wrong_B) @ Times.apply(layer.A, wrong_A), layer.bias)
 
     assert_close(forward(), layer(x))
     check_gradient(forward, inputs, along)
@@ -254,11 +241,11 @@ def test_the_check_sees_one_wrong_input_among_many():
             check_gradient(lambda: forward(**wrong), inputs, along)
 
 
-def test_the_check_leaves_no_trace_and_does_not_pass_where_there_is_nothing():
+def test_the_check_changes_no_input_and_fails_without_a_gradient():
     layer, x = layer_of("svfit:"), tokens(5, 16).requires_grad_()
     inputs, along = [x, layer.s], [tokens(5, 16, seed=6), *noise(layer, seed=5)]
     before = [t.detach().clone() for t in inputs]
     check_gradient(lambda: layer(x), inputs, along)
     assert all(torch.equal(a, b) for a, b in zip(before, inputs))
-    with pytest.raises(AssertionError, match="sees nothing"):
+    with pytest.raises(AssertionError, match="is zero"):
         check_gradient(lambda: layer(x) * 0, inputs, along)

@@ -1,4 +1,7 @@
-"""The thin SVD that methods share; which order of products is taken; and that both ignore the mode they run in."""
+"""The thin SVD that methods share, the order of products, and that neither depends on the mode they run in."""
+
+from collections import OrderedDict
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -7,10 +10,10 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import svmini.methods.svd
-from layers import SHAPES, TOKENS, assert_close, layer_of, linear, shapes_of, tokens, specs
-from svmini import METHODS, adapt
+from layers import SHAPES, adapter, assert_close, layer_of, linear, shapes_of, tokens, specs
+from svmini import adapt
 from svmini.methods import parse_spec
-from svmini.methods.svd import apply_beside, apply_factors, clear_svd_cache, thin_svd
+from svmini.methods.svd import apply_with_residual, apply_factors, clear_svd_cache, thin_svd
 
 
 @pytest.mark.parametrize("dtype, eps", [(torch.float32, 3e-6), (torch.float64, 3e-13)], ids=str)
@@ -28,8 +31,8 @@ def test_thin_svd(shape, dtype, eps):
 
 
 @pytest.mark.parametrize("flip", (-1.0, 1.0))
-def test_signs_do_not_depend_on_what_lapack_returns(flip, monkeypatch):
-    """Another device_config's library may return any of the signs."""
+def test_signs_do_not_depend_on_lapack(flip, monkeypatch):
+    """The library of another machine may return any of the signs."""
     W, svd = linear("tall").weight, torch.linalg.svd
     expected = thin_svd(W)
 
@@ -39,13 +42,13 @@ def test_signs_do_not_depend_on_what_lapack_returns(flip, monkeypatch):
         return U * sign, S, sign[:, None] * Vt
 
     monkeypatch.setattr(torch.linalg, "svd", other)
-    monkeypatch.setattr(svmini.methods.svd, "_known", {})
+    monkeypatch.setattr(svmini.methods.svd, "_cache", OrderedDict())
     assert all(torch.equal(a, b) for a, b in zip(thin_svd(W), expected))
 
 
-def test_a_weight_is_decomposed_once_and_after_that_not_again(monkeypatch):
+def test_a_weight_is_decomposed_once(monkeypatch):
     calls, svd = [], torch.linalg.svd
-    monkeypatch.setattr(svmini.methods.svd, "_known", {})
+    monkeypatch.setattr(svmini.methods.svd, "_cache", OrderedDict())
     monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: calls.append(1) or svd(*a, **k))
     base = linear("wide")
     first = thin_svd(base.weight)
@@ -54,7 +57,7 @@ def test_a_weight_is_decomposed_once_and_after_that_not_again(monkeypatch):
     for spec in ("svfit:", "svfit:energy=0.9", "svft:", "svft:rank=3,off_diagonals=1", "lora:init=pissa"):
         layer_of(spec, "wide")
     assert len(calls) == 1
-    clear_svd_cache()                                                # as in another process
+    clear_svd_cache()                                                # as in a new process
     assert all(torch.equal(a, b) for a, b in zip(first, thin_svd(base.weight))) and len(calls) == 2
     assert thin_svd(base.weight.float())[0].dtype == torch.float32 and len(calls) == 3
     thin_svd(base.weight.view(24, 16))                      # the same bytes in another shape
@@ -64,42 +67,35 @@ def test_a_weight_is_decomposed_once_and_after_that_not_again(monkeypatch):
     assert len(calls) == 5
 
 
-def test_what_is_trained_does_not_leak_into_the_cache():
-    before = [t.clone() for t in thin_svd(linear().weight)]
-    for spec in ("svfit:", "svfit:rank=4", "svft:", "svft:rank=16", "lora:init=pissa,rank=4"):
-        layer = layer_of(spec)
-        layer(tokens(3, 16)).sum().backward()
-        torch.optim.SGD(layer.parameters(), lr=1.0).step()
-    assert all(torch.equal(a, b) for a, b in zip(before, thin_svd(linear().weight)))
+def test_the_cache_is_bounded_and_keeps_the_most_recently_used_factors(monkeypatch):
+    monkeypatch.setattr(svmini.methods.svd, "_cache", OrderedDict())
+    weights = [linear(seed=seed).weight for seed in range(3)]
+    thin_svd(weights[0])
+    one = sum(t.nbytes for t in next(iter(svmini.methods.svd._cache.values())))
+    monkeypatch.setattr(svmini.methods.svd, "CACHE_BYTES", 2 * one)
+    for i in (1, 0, 2):                                     # 0 was used after 1, so 1 is dropped
+        thin_svd(weights[i])
+    monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: pytest.fail("computed again"))
+    thin_svd(weights[0]), thin_svd(weights[2])
+    assert len(svmini.methods.svd._cache) == 2
+
+
+def test_writing_into_a_frozen_tensor_changes_no_other_layer():
+    for spec in ("svfit:", "svft:", "svft:basis=random", "vera:rank=16"):
+        first, second = layer_of(spec), layer_of(spec)
+        expected = second.weight.clone()
+        for name, tensor in first.named_buffers():
+            if tensor.is_floating_point():
+                tensor.fill_(7)
+        assert torch.equal(second.weight, expected) and torch.equal(layer_of(spec).weight, expected)
 
 
 # ---- the order of products ----
 
-# how many F.linear calls a path takes: 1 the weight is built, 2 a factor is folded (or the core is a diagonal), 3 none
-PATHS = {("plain", "square"): (2, 2, 1), ("plain", "wide"): (2, 2, 1), ("plain", "tall"): (2, 2, 1),
-         ("banded", "square"): (3, 1, 1), ("banded", "wide"): (3, 2, 1), ("banded", "tall"): (3, 2, 1)}
-
-
-@pytest.mark.parametrize("pattern, shape", PATHS)
-def test_the_contract_takes_every_path_of_apply_factors(pattern, shape, monkeypatch):
-    layer, calls, taken = layer_of(f"svft:pattern={pattern}", shape), [], []
-
-    def recorded(x, weight, bias=None):
-        calls.append(weight.shape)
-        return F.linear(x, weight, bias)
-
-    monkeypatch.setattr(svmini.methods.svd, "F", type("Recorder", (), {"linear": staticmethod(recorded)}))
-    for T in TOKENS:
-        calls.clear()
-        layer(tokens(T, layer.in_features))
-        taken.append(len(calls))
-    assert tuple(taken) == PATHS[pattern, shape]
-
-
 def flops(forward, T, d_in, *trained):
-    """Products of a step, forward and backward to x and what is trained."""
+    """Count the matrix products of a step, forward and backward to x and the trained tensors."""
     x = torch.randn(T, d_in, dtype=torch.float64, requires_grad=True)
-    in_place = {torch.ops.aten.addmm_: lambda y, h, Bt, **rest: 2 * h[0] * h[1] * Bt[1]}    # torch overlooks it
+    in_place = {torch.ops.aten.addmm_: lambda y, h, Bt, **rest: 2 * h[0] * h[1] * Bt[1]}    # torch does not count it
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         forward(x, *trained).sum().backward()
     return counter.get_total_flops()
@@ -120,6 +116,8 @@ def test_no_exact_order_is_cheaper_than_apply_factors(kind, shape):
                   lambda x, C: F.linear(F.linear(F.linear(x, Vt), C), U),
                   lambda x, C: F.linear(F.linear(x, C @ Vt), U), lambda x, C: F.linear(F.linear(x, Vt), U @ C)]
     for T in MANY:
+        x = tokens(T, shape[1])
+        assert_close(apply_factors(x, U, core, Vt, None), orders[0](x, core), 1e-12)
         taken = flops(lambda x, c: apply_factors(x, U, c, Vt, None), T, shape[1], core)
         assert taken == min(flops(order, T, shape[1], core) for order in orders)
 
@@ -127,7 +125,7 @@ def test_no_exact_order_is_cheaper_than_apply_factors(kind, shape):
 @pytest.mark.parametrize("shape", [(16, 16), (16, 64), (64, 16), (20, 16)], ids=str)
 @pytest.mark.parametrize("kind", ("diagonal", "any"))
 @pytest.mark.parametrize("rank", (2, 5, 8, 12, 15, 16))
-def test_neither_order_is_cheaper_than_apply_beside(rank, kind, shape):
+def test_no_exact_order_is_cheaper_than_apply_with_residual(rank, kind, shape):
     W0 = linear(shape).weight.detach()
     U, S, Vt = thin_svd(W0)
     U, Vt = U[:, :rank], Vt[:rank]
@@ -139,55 +137,59 @@ def test_neither_order_is_cheaper_than_apply_beside(rank, kind, shape):
     for T in MANY:
         built, thin = (flops(order, T, shape[1], core) for order in orders)
         thin += flops(lambda x: F.linear(x, W0), T, shape[1])
-        assert flops(lambda x, c: apply_beside(x, W0, U, c, Vt, None), T, shape[1], core) == min(built, thin)
+        assert flops(lambda x, c: apply_with_residual(x, W0, U, c, Vt, None), T, shape[1], core) == min(built, thin)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 64), (64, 16), (20, 16)], ids=str)
+@pytest.mark.parametrize("rank", (2, 5, 8, 12, 16, 40))
+def test_the_two_orders_of_vera_are_equal_and_the_cheaper_one_is_taken(rank, shape):
+    layer = layer_of(f"vera:rank={rank}", shape)
+    orders = [lambda x: F.linear(x, layer.weight, layer.bias),
+              lambda x: F.linear(x, layer.W0, layer.bias) + layer.b * F.linear(F.linear(x, layer.A) * layer.d, layer.B)]
+    for T in MANY:
+        x = tokens(T, shape[1])
+        for order in orders:
+            assert_close(layer(x), order(x), 1e-10)
+        assert flops(layer, T, shape[1]) == min(flops(order, T, shape[1]) for order in orders)
 
 
 # ---- modes ----
 
-@pytest.mark.parametrize("mode", (lambda: torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode),
-                         ids=("autocast", "inference_mode"))
-@pytest.mark.parametrize("spec", ("lora:rank=4,init=pissa", "svfit:", "svft:", "svft:basis=random", "dora:", "vera:"))
-def test_what_is_built_in_a_mode_starts_exactly_and_can_be_trained(spec, mode):
-    """PiSSA's start was off by 6e-3 in bf16, and factors that inference mode had made could not be trained with."""
-    method, options, _ = parse_spec(spec)
-    clear_svd_cache()
-    svmini.methods.svft.orthonormal.cache_clear()
-    svmini.methods.vera.uniform.cache_clear()
-    model, tall = nn.ModuleDict({"query": linear(dtype=torch.float32)}), linear("tall")
-    with mode():
-        layer = adapt(model, method, targets=("query",), **options).query
-        METHODS[method](tall, **options)
-    assert_close(layer.weight, linear(dtype=torch.float32).weight, 1e-6)
-    for later in (layer, layer_of(spec, "tall")):           # another layer, by what the mode left in the caches
-        later(tokens(5, 16).to(later.bias.dtype).requires_grad_()).sum().backward()
-        torch.optim.SGD(later.parameters(), lr=0.1).step()
+@contextmanager
+def other_defaults():
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.parametrize("mode", (lambda: torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode,
+                                  other_defaults), ids=("autocast", "inference_mode", "defaults"))
 @pytest.mark.parametrize("spec", specs())
-def test_what_is_drawn_follows_the_cpu_and_its_own_dtype(spec):
-    """Whatever the default device and dtype say."""
-    method, options, _ = parse_spec(spec)
-    for shape in shapes_of(spec)[:2]:
-        base, x = linear(shape, torch.float32), tokens(5, shape[1], torch.float32)
+def test_a_layer_does_not_depend_on_the_mode_in_which_it_is_built(spec, mode):
+    """Autocast must not round a start, draws follow the CPU and the dtype of the weight, and tensors that are created
+    in inference mode could not be trained with, neither now nor by another layer that finds them in a cache."""
+    shape = shapes_of(spec)[0]
+    models = [nn.ModuleDict({"query": linear(shape, torch.float32)}) for _ in range(2)]
 
-        def made():
-            svmini.methods.svft.orthonormal.cache_clear()
-            svmini.methods.vera.uniform.cache_clear()
-            clear_svd_cache()
-            torch.manual_seed(3)
-            layer = METHODS[method](base, **options)
-            return [*layer.parameters(), *layer.buffers(), layer.weight, layer(x)]
+    def build(model):
+        clear_svd_cache()
+        svmini.methods.svft.orthonormal.cache_clear()
+        svmini.methods.vera.uniform.cache_clear()
+        torch.manual_seed(3)
+        method, options, _ = parse_spec(spec)
+        return adapt(model, method, targets=("query",), **options).query
 
-        expected = made()
-        torch.set_default_dtype(torch.float64)
-        torch.set_default_device("meta")
-        try:
-            got = made()
-        finally:
-            torch.set_default_dtype(torch.float32)
-            torch.set_default_device(None)
-        for a, b in zip(got, expected):
-            assert torch.equal(a, b) and a.dtype == b.dtype
+    expected = build(models[0]).state_dict()
+    with mode():
+        layer = build(models[1])
+    assert all(torch.equal(t, expected[name]) and t.dtype == expected[name].dtype
+               for name, t in layer.state_dict().items())
+    for later in (layer, adapter(spec, linear(shape, torch.float32))):
+        later(tokens(5, shape[1], torch.float32).requires_grad_()).sum().backward()
+        torch.optim.SGD(later.parameters(), lr=0.1).step()
 
 
 @pytest.mark.parametrize("shape", SHAPES)

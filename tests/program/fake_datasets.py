@@ -1,6 +1,6 @@
-"""Small picture sets in the layouts of the real ones' files, with the sums that torchvision expects of them.
+"""Small image datasets in the layouts of the real ones, with the checksums that torchvision expects patched.
 
-Every picture is noise whose first number is its label, so that a drawn one can be told and its label checked.
+Every image is noise, except that its first value is its label: a drawn image can be recognized, and its label checked.
 """
 
 import gzip
@@ -14,16 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torchvision import datasets
 
-from svmini.data.image_datasets import REAL
+from svmini.data.image_datasets import IMAGE_DATASETS
 
-TRAIN, TEST = 12, 3      # pictures a class; where a set has no test split, all 15 lie together
+TRAIN, TEST = 12, 3      # images per class; a dataset without a test split has all 15 in one place
 
 
-def pictures(classes, per_class, channels, side, seed):
-    """uint8 (n, C, side, side) and labels (n,), mixed."""
+def noise_images(classes, per_class, channels, side, seed):
+    """Return shuffled images (n, C, side, side) uint8 and their labels (n,)."""
     g = torch.Generator().manual_seed(seed)
     y = torch.arange(classes).repeat(per_class)[torch.randperm(classes * per_class, generator=g)]
     x = torch.randint(256, (len(y), channels, side, side), generator=g).to(torch.uint8)
@@ -31,10 +30,10 @@ def pictures(classes, per_class, channels, side, seed):
     return x, y
 
 
-def write_picture(path, x):
-    """A PNG, whatever the name ends with: it keeps every bit, and Pillow goes by the content."""
+def write_image(path, x):
+    """Write (3, H, W) as PPM, with the same bytes on every machine; Pillow ignores the ending of the name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(x.permute(1, 2, 0).numpy()).save(path, format="PNG")
+    path.write_bytes(b"P6 %d %d 255\n" % (x.shape[2], x.shape[1]) + x.permute(1, 2, 0).numpy().tobytes())
 
 
 def md5(path):
@@ -51,7 +50,7 @@ def build_mnist(data, patch, dataset, per_class=TRAIN):
     raw.mkdir(parents=True)
     resources, made = [], {}
     for split, part, n in (("train", "train", per_class), ("test", "t10k", TEST)):
-        x, y = made[split] = pictures(10, n, 1, 28, seed=n)
+        x, y = made[split] = noise_images(10, n, 1, 28, seed=n)
         for name, values in ((f"{part}-images-idx3-ubyte.gz", x[:, 0]), (f"{part}-labels-idx1-ubyte.gz", y.byte())):
             (raw / name).write_bytes(gzip.compress(idx(values), mtime=0))
             resources.append((name, md5(raw / name)))
@@ -60,7 +59,7 @@ def build_mnist(data, patch, dataset, per_class=TRAIN):
 
 
 def build_cifar(data, patch, dataset):
-    made = {"train": pictures(10, TRAIN, 3, 32, 1), "test": pictures(10, TEST, 3, 32, 2)}
+    made = {"train": noise_images(10, TRAIN, 3, 32, 1), "test": noise_images(10, TEST, 3, 32, 2)}
     folder = data / dataset.base_folder
     folder.mkdir(parents=True)
     labels = "labels" if dataset is datasets.CIFAR10 else "fine_labels"
@@ -78,40 +77,32 @@ def build_cifar(data, patch, dataset):
 
 
 def build_food(data, patch, dataset):
-    made = {"train": pictures(4, TRAIN, 3, 8, 1), "test": pictures(4, TEST, 3, 8, 2)}
+    made = {"train": noise_images(4, TRAIN, 3, 8, 1), "test": noise_images(4, TEST, 3, 8, 2)}
     (data / "food-101" / "meta").mkdir(parents=True)
     for split, (x, y) in made.items():
         lists = {f"dish_{k}": [] for k in range(4)}
-        for i, (picture, label) in enumerate(zip(x, y.tolist())):
+        for i, (image, label) in enumerate(zip(x, y.tolist())):
             lists[f"dish_{label}"].append(f"dish_{label}/{split}{i}")
-            write_picture(data / "food-101" / "images" / f"dish_{label}" / f"{split}{i}.jpg", picture)
+            write_image(data / "food-101" / "images" / f"dish_{label}" / f"{split}{i}.jpg", image)
         (data / "food-101" / "meta" / f"{split}.json").write_text(json.dumps(lists))
     return made
 
 
 def build_flowers(data, patch, dataset):
-    """Labels and splits are MATLAB files; where scipy is not installed, JSON and a reader for it stand in."""
-    try:
-        from scipy.io import savemat
-    except ImportError:
-        def loadmat(path, squeeze_me):
-            return {k: np.array(v) for k, v in json.loads(Path(path).read_text()).items()}
-
-        def savemat(path, content):
-            Path(path).write_text(json.dumps(content))
-
-        reader = types.ModuleType("scipy.io")
-        reader.loadmat = loadmat
-        patch.setitem(sys.modules, "scipy", types.ModuleType("scipy"))
-        patch.setitem(sys.modules, "scipy.io", reader)
+    """Labels and splits are MATLAB files, which scipy reads. JSON and a reader for it replace them."""
+    scipy_io = types.ModuleType("scipy.io")
+    scipy_io.loadmat = lambda path, squeeze_me: {k: np.array(v) for k, v in json.loads(Path(path).read_text()).items()}
+    patch.setitem(sys.modules, "scipy", types.ModuleType("scipy"))
+    patch.setitem(sys.modules, "scipy.io", scipy_io)
     folder = data / "flowers-102"
-    made = {"train": pictures(4, TRAIN, 3, 8, 1), "test": pictures(4, TEST, 3, 8, 2)}
+    made = {"train": noise_images(4, TRAIN, 3, 8, 1), "test": noise_images(4, TEST, 3, 8, 2)}
     x, y = (torch.cat(parts) for parts in zip(*made.values()))
-    for i, picture in enumerate(x):
-        write_picture(folder / "jpg" / f"image_{i + 1:05d}.jpg", picture)
+    for i, image in enumerate(x):
+        write_image(folder / "jpg" / f"image_{i + 1:05d}.jpg", image)
     numbers = list(range(1, len(y) + 1))   # counted from 1, as MATLAB does
-    savemat(folder / "imagelabels.mat", {"labels": (y + 1).tolist()})
-    savemat(folder / "setid.mat", {"trnid": numbers[:20], "valid": numbers[20:4 * TRAIN], "tstid": numbers[4 * TRAIN:]})
+    (folder / "imagelabels.mat").write_text(json.dumps({"labels": (y + 1).tolist()}))
+    (folder / "setid.mat").write_text(json.dumps({
+        "trnid": numbers[:20], "valid": numbers[20:4 * TRAIN], "tstid": numbers[4 * TRAIN:]}))
     patch.setattr(dataset, "classes", [f"flower {i}" for i in range(4)], raising=False)
     patch.setattr(dataset, "_file_dict", dataset._file_dict | {
         k: (f, md5(folder / f)) for k, f in (("label", "imagelabels.mat"), ("setid", "setid.mat"))})
@@ -119,25 +110,26 @@ def build_flowers(data, patch, dataset):
 
 
 def build_tree(folder, splits):
-    """A folder of class folders, or of one such folder a split."""
+    """Build a folder of class folders ({"": n images per class}), or one with such a folder for every split."""
     made = {}
     for i, (split, n) in enumerate(splits.items()):
-        x, y = made[split or "both"] = pictures(4, n, 3, 8, seed=i)
-        for k, (picture, label) in enumerate(zip(x, y.tolist())):
-            write_picture(folder / split / f"class {label}" / f"{k}.jpg", picture)
+        x, y = made[split or "all"] = noise_images(4, n, 3, 8, seed=i)
+        for k, (image, label) in enumerate(zip(x, y.tolist())):
+            write_image(folder / split / f"class {label}" / f"{k}.jpg", image)
     return made
 
 
 def build(which, data, patch):
-    """(the name of the set, what it was made of by split) with its files in `data`."""
+    """Build a dataset in the folder `data`; returns its name, and the images and labels of each split."""
     if which.startswith("folder"):
         splits = {"": TRAIN + TEST} if which == "folder" else {"train": TRAIN, "test": TEST}
         return f"folder:{data}", build_tree(data, splits)
     if which == "eurosat":
         return which, build_tree(data / "eurosat" / "2750", {"": TRAIN + TEST})
-    dataset = getattr(datasets, REAL[which].dataset)
-    make = {"food101": build_food, "flowers102": build_flowers}.get(which)
-    make = make or (build_mnist if which.endswith("mnist") else build_cifar if which.startswith("cifar") else None)
-    if make is None:
-        pytest.skip(f"nobody has written down how the files of {which} look: tests/program/fake_datasets.py")
-    return which, make(data, patch, dataset)
+    dataset = getattr(datasets, IMAGE_DATASETS[which].dataset)
+    builders = {datasets.MNIST: build_mnist, datasets.CIFAR10: build_cifar, datasets.Food101: build_food,
+                datasets.Flowers102: build_flowers}
+    builder = next((function for kind, function in builders.items() if issubclass(dataset, kind)), None)
+    if builder is None:
+        pytest.skip(f"the layout of the files of {which} is not in tests/program/fake_datasets.py")
+    return which, builder(data, patch, dataset)

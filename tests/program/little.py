@@ -43,7 +43,7 @@ def make_little(patch):
     library, topics = text.stdlib_source()[:20_000], text.reference_topics()[:15_000]
     patch.setattr(text, "stdlib_source", lambda: library)
     patch.setattr(text, "reference_topics", lambda: topics)
-    patch.setattr(text, "MOST_WINDOWS", 4)
+    patch.setattr(text, "TEXT_EVAL_SIZE", 4)
     patch.setattr(train_gpt, "train_bpe", functools.cache(train_gpt.train_bpe))
     patch.setattr(analyze, "draw_best", lambda *a: None)   # most of the time of a little run
     problems, known = Arithmetic.problems, {}

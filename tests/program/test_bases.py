@@ -57,7 +57,7 @@ def test_base_data_names_the_dataset_of_the_base_model(little, tmp_path, monkeyp
         model, metadata = load_model(out / "pretrain" / "model.pt", ViT)
         assert f"pretraining on {base}" in printed and metadata["data"] == base and read(out)["per_class"] == 5
         assert (model.config.image_size, model.config.patch_size, model.config.in_channels) == size
-        real = image_datasets.REAL.get(base)
+        real = image_datasets.IMAGE_DATASETS.get(base)
         assert (model.config.mean, model.config.std) == ((real.mean, real.std) if real else ((0.5,), (0.5,)))
         assert rows(out)[0]["head_params"] == 10 * 17
         assert not (out / "predictions.png").exists(), "there is no adapter whose predictions could be shown"
@@ -110,8 +110,8 @@ def test_every_seed_has_its_own_draw_which_all_methods_share(trained, tmp_path, 
     """Images drawn by class are read once per draw, and test images once; the same for problems."""
     build_tree(tmp_path / "images", {"": 15})
     save_model(tmp_path / "base.pt", ViT(ViTConfig(8, 4, 3, 4, 1, 2, 16)), {})
-    reads, read_images = [], image_datasets.read
-    monkeypatch.setattr(image_datasets, "read", lambda *a: reads.append(a[-1].split()[-1]) or read_images(*a))
+    reads, read_images = [], image_datasets.read_images
+    monkeypatch.setattr(image_datasets, "read_images", lambda *a: reads.append(a[-1].split()[-1]) or read_images(*a))
     images = [train_vit, "--init", tmp_path / "base.pt", "--data", f"folder:{tmp_path / 'images'}",
               "--per-class", 4, "--out", tmp_path / "vit"]
     call(*images, "--methods", "head", "svfit", "full", "--seeds", 3, "--no-augment")

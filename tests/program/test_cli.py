@@ -113,8 +113,8 @@ FLAGS = [
     ("--methods svft lroa:rank=8", "did you mean 'lora'?"),
     ("--methods lora:rnak=8", "lora has no option 'rnak'", "did you mean 'rank'?"),
     ("--methods svfit:off_diagonals=2", "svfit has no option 'off_diagonals'", "rank, energy"),
-    ("--methods full:rank=2", "full has no option 'rank'", "takes no options"), ("--methods lora:rank", "name=value"),
-    ("--methods lora:rank=", "name=value"), ("--methods lora@", "after @ come targets"),
+    ("--methods full:rank=2", "full has no option 'rank'", "it has no options"), ("--methods lora:rank", "name=value"),
+    ("--methods lora:rank=", "name=value"), ("--methods lora@", "targets follow the @"),
     ("--methods full@up", "no targets"),
     ("--methods lora:rank=1,rank=2", "rank is given twice"), ("--methods svfit,rank=8", "options follow a colon"),
 ]
@@ -130,20 +130,20 @@ def test_a_bad_flag_is_refused_before_a_folder_is_made(script, argv, parts, tmp_
 
 # What is refused once the model, a file or the data are known, but before pretraining. FILES: see `things`.
 BOTH = [
-    ("--methods lora:rank=x", "rank must be a whole number", "'x'"), ("--methods lora:rank=2.5", "2.5"),
+    ("--methods lora:rank=x", "rank must be an integer", "'x'"), ("--methods lora:rank=2.5", "2.5"),
     ("--methods lora:rank=999", "lora does not fit blocks.0.attention.query (128x128)", "128"),
     ("--methods full svft svfit:rank=999", "svfit does not fit"), ("--methods svft:off_diagonals=128", "127"),
     ("--methods svft:pattern=diagonal", "pattern", "'diagonal'", "banded"),
     ("--methods svft:pattern=topk", "svft does not fit", "up (512x128)", "topk", "square"),
-    ("--methods svfit:rank=2,energy=0.9", "not both"), ("--methods vera:rank=-1", "rank must be a whole number"),
+    ("--methods svfit:rank=2,energy=0.9", "not both"), ("--methods vera:rank=-1", "rank must be an integer"),
     ("--methods boft:block_size=3", "block_size must be even"), ("--methods boft:factors=9", "not divisible"),
-    ("--methods svft@query,valeu", "'valeu' matches no layer", "did you mean 'value'?"),
-    ("--methods svft --targets quer", "'quer' matches no layer", "did you mean 'query'?"),
+    ("--methods svft@query,valeu", "'valeu' matches no layer", "targets can be: query, key, value"),
+    ("--methods svft --targets quer", "'quer' matches no layer", "targets can be: query, key, value"),
     ("--methods svft --targets norm1", "LayerNorm"), ("--methods svft --targets head", "head"),
     ("--methods all svft", "no method 'all'"), ("--base-data xyz", "xyz"),
     ("--init FILES/none.pt", "none.pt' is neither a file nor one of"), ("--init FILES", "is neither a file nor one of"),
-    ("--init FILES/notes.pt", "notes.pt is no file of weights that torch can read"),
-    ("--init FILES/cut.pt", "cut.pt is no file of weights"), ("--init FILES/other.pt", "no state dict of a ViT"),
+    ("--init FILES/notes.pt", "notes.pt is not a file of weights that torch can read"),
+    ("--init FILES/cut.pt", "cut.pt is not a file of weights"), ("--init FILES/other.pt", "not a state dict of"),
     ("--init FILES/gpt-adapter.pt", "svmini adapter, not an svmini model"), ("--init FILES/odd.pt", "odd.pt"),
     ("--init FILES/run.pt", "svmini run, not an svmini model"),
 ]
@@ -155,14 +155,14 @@ TABLES = {
         ("--data file:FILES", "there is no file"), ("--data file:FILES/tiny.txt", "too short to train on"),
         ("--data file:FILES/one.txt", "paragraphs", "at least 10"), ("--data file:FILES/latin.txt", "not UTF-8 text"),
         ("--data qa:FILES/none", "there is no file"),
-        ("--data qa:FILES/half.jsonl", "half.jsonl, line 2", 'no "answer"'),
-        ("--data qa:FILES/few.jsonl", "9 different questions: at least 10"),
+        ("--data qa:FILES/half.jsonl", "half.jsonl, line 2", 'is not JSON in UTF-8 with two strings'),
+        ("--data qa:FILES/few.jsonl", "has 9 different questions, at least 10"),
         ("--init FILES/vit.pt", "holds a ViT, not a GPT"),
-        ("--init FILES/raw-vit.pt", "weights of a ViT, not of a GPT-2"),
+        ("--init FILES/raw-vit.pt", "weights of a ViT in torchvision's format, not of a GPT"),
         ("--init vit_b_16", "'vit_b_16' is neither a file nor one of gpt2"), ("--init FILES/raw-gpt.pt", "give n_head"),
-        ("--init FILES/raw-gpt.pt --n-head 2", "knows 13 tokens, and GPT-2's tokenizer 50,257"),
-        ("--init FILES/text.pt --n-head 2", "says itself how many heads"),
-        ("--init FILES/nameless.pt", "which tokenizer"),
+        ("--init FILES/raw-gpt.pt --n-head 2", "has 13 tokens and GPT-2's tokenizer 50,257"),
+        ("--init FILES/text.pt --n-head 2", "contains its number of heads"),
+        ("--init FILES/nameless.pt", "does not name its tokenizer"),
         ("--data arithmetic --init FILES/text.pt", "text.pt", "does not go with --data arithmetic"),
         ("--data topics --init FILES/arithmetic.pt", "was trained on arithmetic", "does not go with --data topics"),
         ("--data topics --base-data arithmetic", "arithmetic was trained on arithmetic", "--data topics"),
@@ -182,10 +182,10 @@ TABLES = {
         ("--data folder:FILES", "there is no dataset for pretraining"), ("--data folder", "no 'folder'", "folder:PATH"),
         ("--data folder: --init FILES/vit.pt", "no 'folder:'"), ("--data mnist", "--data-dir"),
         ("--data folder:FILES/none --init FILES/vit.pt", "there is no folder", "none"),
-        ("--data folder:FILES --init FILES/vit.pt", "no folder of class folders"),
+        ("--data folder:FILES --init FILES/vit.pt", "has the class folders (none)"),
         ("pretrain --data eurosat", "--data-dir"),
         ("--init FILES/arithmetic.pt", "holds a GPT, not a ViT"),
-        ("--init FILES/raw-gpt.pt", "of a GPT-2, not of a ViT"),
+        ("--init FILES/raw-gpt.pt", "weights of a GPT in GPT-2's format, not of a ViT"),
         ("--init vit_b_17", "'vit_b_17' is neither a file nor one of vit_b_16, vit_b_32"),
         ("--init FILES/raw-vit.pt", "give n_head"), ("--init FILES/raw-vit.pt --n-head 3", "divisible")],
     "generate": [
@@ -195,28 +195,28 @@ TABLES = {
             "--temperature -1", "--temperature nan", "--max-new-tokens 0", "--top-k 0")),
         ("--init FILES/arithmetic.pt --prompt 12x4=é", "0123456789+-=", "'x'", "'é'"),
         ("--init FILES/vit.pt --prompt 1", "holds a ViT, not a GPT"),
-        ("--init FILES/nameless.pt --prompt 1", "which tokenizer"),
+        ("--init FILES/nameless.pt --prompt 1", "does not name its tokenizer"),
         ("--init FILES/raw-gpt.pt --n-head 2 --prompt 1", "50,257"),
         *((f"--init FILES/arithmetic.pt --prompt 1 --adapter FILES/{name}", said) for name, said in (
             ("arithmetic.pt", "svmini model, not an svmini adapter"), ("none.pt", "there is no adapter at"),
             ("notes.pt", "not a readable svmini adapter"), ("vit-adapter.pt", "vit-adapter.pt"))),
         ("--init FILES/text.pt --adapter FILES/gpt-adapter.pt --prompt 1", "trained on another base")],
     "predict": [
-        ("--init FILES/arithmetic.pt", "holds a GPT, not a ViT"), ("--init FILES/nameless-vit.pt", "give --data"),
-        ("--init FILES/vit.pt --data glyphs", "glyphs B has 26 classes, and the model knows 34"),
-        ("--init FILES/vit.pt --data xyz", "no picture set 'xyz'"),
-        ("--init FILES/cut.pt", "cut.pt is no file of weights"),
+        ("--init FILES/arithmetic.pt", "holds a GPT, not a ViT"), ("--init FILES/nameless-vit.pt", "give it as --data"),
+        ("--init FILES/vit.pt --data glyphs", "but the model has 34"),
+        ("--init FILES/vit.pt --data xyz", "no image dataset 'xyz'"),
+        ("--init FILES/cut.pt", "cut.pt is not a file of weights"),
         ("--init FILES/vit.pt --adapter FILES/gpt-adapter.pt", "gpt-adapter.pt"),
         ("--init FILES/vit.pt --out FILES/notes.pt", "notes.pt"),
         ("--init vit_b_17", "neither a file nor one of vit_b_16")],
     "export": [
         ("--init FILES/vit.pt", "--adapter"), ("--adapter FILES/vit-adapter.pt", "--init"),
-        ("--init FILES/vit.pt --adapter FILES/vit-adapter.pt --format gpt2", "does not go with a ViT", "torchvision"),
-        ("--init FILES/arithmetic.pt --adapter FILES/gpt-adapter.pt --format torchvision", "it is svmini or gpt2"),
+        ("--init FILES/vit.pt --adapter FILES/vit-adapter.pt --format gpt2", "does not fit a ViT", "torchvision"),
+        ("--init FILES/arithmetic.pt --adapter FILES/gpt-adapter.pt --format torchvision", "choose svmini or gpt2"),
         ("--init FILES/vit-adapter.pt --adapter FILES/vit-adapter.pt", "svmini adapter, not an svmini model"),
         ("--init FILES/odd.pt --adapter FILES/vit-adapter.pt", "odd.pt"),
         ("--init x --adapter y", "'x' is neither a file"),
-        ("--init FILES/other.pt --adapter FILES/vit-adapter.pt", "no state dict of a ViT"),
+        ("--init FILES/other.pt --adapter FILES/vit-adapter.pt", "not a state dict of"),
         ("--init FILES/vit.pt --adapter FILES/vit-adapter.pt --out FILES", "directory")]}
 
 
@@ -349,7 +349,7 @@ def test_a_method_spec_is_parsed(spec, parsed):
 @pytest.mark.parametrize("spec, message", [
     ("", "there is no method ''"), ("lora rank=8", "no method"), ("LoRA", "no method 'LoRA'"),
     (":rank=8", "no method ''"),
-    ("lora:rank=8@", "after @"), ("lora:=8", "has no option ''")])
+    ("lora:rank=8@", "targets follow the @"), ("lora:=8", "has no option ''")])
 def test_an_invalid_method_spec_is_refused(spec, message):
     with pytest.raises(InputError, match=message):
         parse_spec(spec)

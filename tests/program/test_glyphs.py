@@ -1,4 +1,4 @@
-"""Glyphs: labels fit, splits differ, seeds repeat, and a Pillow without fonts is named."""
+"""Glyphs: labels match images, splits differ, and a seed repeats its images."""
 
 import pytest
 import torch
@@ -17,11 +17,11 @@ def same(p, q):
 
 
 def few(monkeypatch, which="B", n=3):
-    """Make a glyph set small; its full size is tested once."""
+    """Make a glyph dataset small; the full size is tested once."""
     monkeypatch.setitem(module.GLYPHS[which], "sizes", {"train": n, "val": n, "test": n})
 
 
-def test_b_has_the_sizes_and_scale_it_promises(b):
+def test_b_has_the_documented_sizes_and_range(b):
     assert b.classes == list("abcdefghijklmnopqrstuvwxyz")
     for split, n in {"train": 50, "val": 30, "test": 60}.items():
         x, y = b.splits[split]
@@ -40,8 +40,8 @@ def test_a_is_light_on_dark_and_b_dark_on_light(monkeypatch, b):
     assert x.median() < x.float().mean() and b.splits["val"][0].median() > b.splits["val"][0].float().mean()
 
 
-def test_each_label_names_its_picture(b):
-    """The class whose mean training picture is nearest is right far more often than by chance (4 %)."""
+def test_each_label_matches_its_image(b):
+    """The class with the nearest mean training image is right far more often than by chance (4 %)."""
     x, y = b.splits["train"]
     means = torch.stack([x[y == k].float().mean(dim=0) for k in range(26)]).flatten(1)   # (26, 576)
     for split in ("val", "test"):
@@ -50,8 +50,8 @@ def test_each_label_names_its_picture(b):
         assert right.float().mean() > 0.4
 
 
-def test_the_drawing_is_of_the_character():
-    bank = module.draw_bank("LT")   # each (strokes, 64, 64); L is heavy below, T above
+def test_a_drawing_shows_its_character():
+    bank = module.draw_bank("LT")   # each (strokes, 64, 64); L has more ink below, T above
     top, bottom = bank[:, :, :32].sum(dim=(2, 3)), bank[:, :, 32:].sum(dim=(2, 3))
     assert (bottom[0] > top[0]).all() and (top[1] > bottom[1]).all()
     ink = bank.sum(dim=(2, 3))
@@ -63,10 +63,10 @@ def test_a_descender_is_not_cut_off():
     assert bank[:, :, -1].max() == 0 and bank[:, :, 0].max() == 0
 
 
-def test_seed_and_split_decide_the_pictures(monkeypatch):
+def test_images_depend_on_seed_and_split(monkeypatch):
     few(monkeypatch)
     p = Glyphs("B", seed=1)
     assert same(p, Glyphs("B", seed=1)) and not same(p, Glyphs("B", seed=2))
-    assert p.draw(seed=7, size=24) is p.draw(seed=0, size=48), "a run's other seeds meet the same"
+    assert p.draw(seed=7, size=24) is p.draw(seed=0, size=48), "the other seeds of a run get the same images"
     flat = torch.cat([p.splits[s][0] for s in p.splits]).flatten(1)
-    assert len(flat.unique(dim=0)) == len(flat), "no picture is in two splits"
+    assert len(flat.unique(dim=0)) == len(flat), "no image is in two splits"

@@ -1,4 +1,4 @@
-"""GPT and ViT: attention, what a token sees, dropout, the start, generation, and errors that are sentences."""
+"""GPT and ViT: attention, which tokens a token attends to, dropout, initialization, generation, error messages."""
 
 import math
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from small_models import SMALL_GPT, SMALL_VIT, gpt, perturb, seeded, tokens
+from tiny_models import SMALL_GPT, SMALL_VIT, gpt, perturb, seeded, tokens
 from svmini import GPT, GPTConfig, ViT, ViTConfig
 from svmini.errors import InputError
 from svmini.models.transformer import Attention
@@ -30,7 +30,7 @@ def test_attention_is_softmax_of_scaled_products(causal):
     assert torch.allclose(attention(x), attention.out(torch.cat(parts, -1)), atol=1e-12)
 
 
-def test_gpt_looks_back_only_and_at_one_text_only():
+def test_a_token_of_a_gpt_depends_on_earlier_tokens_of_its_row_only():
     model, x = gpt(), tokens(3, 10)
     logits = model(x)
     changed = x.clone()
@@ -41,7 +41,7 @@ def test_gpt_looks_back_only_and_at_one_text_only():
     assert torch.allclose(model(x[:, :4]), logits[:, :4], atol=1e-5)
 
 
-def test_vit_sees_the_whole_picture_and_one_only():
+def test_the_logits_of_a_vit_depend_on_all_patches_of_its_own_image_only():
     model, x = perturb(ViT(SMALL_VIT)), torch.randn(3, 3, 12, 12)
     logits = model(x)
     assert logits.shape == (3, 5) and torch.allclose(model(x[1:2]), logits[1:2], atol=1e-5)
@@ -56,7 +56,7 @@ def test_vit_sees_the_whole_picture_and_one_only():
     (lambda p: gpt(replace(SMALL_GPT, dropout=p)), tokens(2, 8)),
     (lambda p: perturb(ViT(replace(SMALL_VIT, dropout=p))), torch.ones(2, 3, 12, 12)),
     (lambda p: Attention(12, 3, False, p), torch.ones(2, 5, 12).cumsum(1))])
-def test_dropout_acts_in_training_only(make, x):
+def test_dropout_is_active_in_training_mode_only(make, x):
     model, without = make(0.5), make(0.0).eval()
     without.load_state_dict(model.state_dict())
     model.train()
@@ -67,19 +67,19 @@ def test_dropout_acts_in_training_only(make, x):
     assert torch.equal(without(x), without(x))
 
 
-def test_start():
+def test_initialization():
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=500, block_size=64, n_layer=4, n_head=4, d_model=64))
     wide = 0.02 * 12 ** 0.5      # GPT-2's 0.02 at its width 768, here 64
-    for block in model.blocks:   # the maps that end in the residual stream start smaller, by the root of 2 * 4
+    for block in model.blocks:   # layers that write to the residual stream start smaller by √(2 * 4)
         for part, std in ((block.attention.query, wide), (block.attention.out, wide / 8 ** 0.5),
                           (block.mlp.up, wide), (block.mlp.down, wide / 8 ** 0.5)):
             assert part.weight.std().item() == pytest.approx(std, rel=0.1) and not part.bias.any()
     assert model.token_embedding.weight.std().item() == pytest.approx(wide, rel=0.1)
-    assert not perturb(ViT(SMALL_VIT)).reset_classifier(4)(torch.randn(2, 3, 12, 12)).any(), "a fresh head says nothing"
+    assert not perturb(ViT(SMALL_VIT)).reset_classifier(4)(torch.randn(2, 3, 12, 12)).any(), "starts at zero"
 
 
-def test_the_targets_that_the_models_name_are_their_linear_layers():
+def test_the_default_targets_are_all_linear_layers_but_the_head():
     for model, rest in ((GPT(SMALL_GPT), {"head"}), (ViT(SMALL_VIT), {"head"})):
         linears = {n.split(".")[-1] for n, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
         assert linears == {*model.targets} | rest
@@ -89,28 +89,28 @@ def test_the_targets_that_the_models_name_are_their_linear_layers():
 # ---- sizes ----
 
 @pytest.mark.parametrize("config", [SMALL_GPT, SMALL_VIT])
-def test_wrong_sizes_are_said(config):
-    for name in vars(config).keys() - {"dropout", "mean", "std"}:
+def test_invalid_sizes_are_rejected(config):
+    for name in vars(config).keys() - {"dropout", "mean", "std", "position_interpolation", "layer_norm_eps"}:
         for value in (0, 2.0, "4"):
-            with pytest.raises(InputError, match=f"{name} must be a whole number of at least 1, not {value!r}"):
+            with pytest.raises(InputError, match=f"{name} must be an integer of at least 1, not {value!r}"):
                 replace(config, **{name: value})
     with pytest.raises(InputError, match="d_model=12 is not divisible by n_head=5"):
         replace(config, n_head=5)
 
 
-def test_pictures_that_a_vit_expects():
+def test_image_size_and_normalization_of_a_vit():
     assert ViTConfig(12, 4, 3, 5, 2, 3, 12).d_mlp == 48 and SMALL_VIT.mean == SMALL_VIT.std == (0.5, 0.5, 0.5)
     given = replace(SMALL_VIT, mean=[0.1, 0.2, 0.3], std=[1, 2, 3])
     model = ViT(given)
     assert model.reset_classifier(3).set_input_size(8).config == replace(given, num_classes=3, image_size=8)
-    assert given.num_classes == 5 and given.image_size == 12, "the caller's configuration is left alone"
+    assert given.num_classes == 5 and given.image_size == 12, "the config that was passed is unchanged"
     with pytest.raises(InputError, match="image_size=14 is not divisible by patch_size=4: the patches must tile"):
         model.set_input_size(14)
-    with pytest.raises(InputError, match="a number each for every one of 3 channels"):
+    with pytest.raises(InputError, match="they need one value for each of the 3 channels"):
         replace(SMALL_VIT, std=(0.5,) * 4)
 
 
-def test_wrong_inputs_are_said():
+def test_inputs_of_the_wrong_shape_are_rejected():
     for shape in ((2, 1, 12, 12), (2, 3, 13, 13), (3, 12, 12)):
         with pytest.raises(ValueError, match=r"this ViT takes \(B, 3, 12, 12\)"):
             ViT(SMALL_VIT)(torch.zeros(shape))
@@ -126,7 +126,7 @@ def test_logits_at_one_position_of_each_row():
     assert expected.shape == (4, 31) and (model(x, last_positions=at) - expected).abs().max() < 1e-12
 
 
-def test_greedy_takes_the_likeliest():
+def test_greedy_decoding_takes_the_most_likely_token():
     model, x = gpt(), tokens(3, 4)
     out = model.generate(x, 5, temperature=0)
     assert out.shape == (3, 9) and torch.equal(out[:, :4], x)
@@ -150,11 +150,11 @@ def test_sampling_follows_the_probabilities(temperature, top_k):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_generating_leaves_the_mode_and_the_global_generator_as_they_were(training):
+def test_generation_restores_the_mode_and_does_not_use_the_global_generator(training):
     model, x, before = gpt(replace(SMALL_GPT, dropout=0.5)), tokens(1, 3), torch.get_rng_state()
     model.train(training)
     one, same, other = (model.generate(x, 12, temperature=5.0, generator=seeded(s)) for s in (1, 1, 2))
-    assert torch.equal(one, same) and not torch.equal(one, other), "no dropout meanwhile"
+    assert torch.equal(one, same) and not torch.equal(one, other), "generation has no dropout"
     assert torch.equal(model.generate_greedy(x, 7)[0], model.generate(x, 7, temperature=0)[0, 3:])
     assert all(part.training is training for part in model.modules()) and not one.requires_grad
     assert torch.equal(before, torch.get_rng_state())

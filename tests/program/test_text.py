@@ -1,4 +1,4 @@
-"""Texts, the BPE and the task of going on with a text, without a network."""
+"""Texts, their splits, tokenizers, and the language modeling task; no network is needed."""
 
 import io
 import re
@@ -22,7 +22,7 @@ def tokenizer():
 
 # ---- texts ----
 
-def test_stdlib_source():
+def test_stdlib_is_the_source_code_of_the_library():
     text = T.read_text("stdlib")
     assert len(text) > 1_000_000 and "def dataclass(" in text and "\r" not in text
 
@@ -35,23 +35,24 @@ def test_stdlib_is_the_same_on_every_installation(tmp_path, monkeypatch):
     assert T.stdlib_source() == "a = 1\n\nb = 'ä'\n"
 
 
-def test_reference_topics():
+def test_topics_have_every_paragraph_once():
     from pydoc_data.topics import topics
     text = T.read_text("topics")
     parts = text.split("\n\n")
     assert len(parts) == len(set(parts)) > 1000
     every = {p.strip("\n").rstrip() for topic in topics.values() for p in re.split(r"\n\s*\n", topic)} - {""}
-    assert set(parts) == every                                             # nothing is lost but repetition
+    assert set(parts) == every, "only repetitions are lost"
     assert len(text) < 0.9 * sum(map(len, topics.values()))
 
 
-def test_read_file(tmp_path):
+def test_a_file_is_read_as_utf_8_and_rejected_otherwise(tmp_path):
     path = tmp_path / "story.txt"
-    path.write_bytes(b"\xef\xbb\xbf" + STORY.replace("\n", "\r\n").encode("utf-8"))   # as Windows editors save it
+    path.write_bytes(b"\xef\xbb\xbf" + STORY.replace("\n", "\r\n").encode("utf-8"))   # as editors on Windows save it
     assert T.read_text(f"file:{path}") == STORY
-    path.write_bytes(STORY.encode("utf-8") + "Käse".encode("latin-1"))
-    with pytest.raises(InputError, match="not UTF-8"):
-        T.read_text(f"file:{path}")
+    for content in (STORY + "Käse", "latin-1"), (STORY, "utf-16"), (STORY, "utf-16-le"):
+        path.write_bytes(str.encode(*content))
+        with pytest.raises(InputError, match="not UTF-8"):
+            T.read_text(f"file:{path}")
     path.write_bytes(b"too short")
     with pytest.raises(InputError, match="too short"):
         T.read_text(f"file:{path}")
@@ -60,36 +61,61 @@ def test_read_file(tmp_path):
             T.read_text(missing)
 
 
-def test_tinyshakespeare_is_downloaded_once(tmp_path, monkeypatch):   # what can go wrong: test_qa, with GSM-8K
-    asked = []
-    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: asked.append(url) or io.BytesIO(STORY.encode()))
-    monkeypatch.setattr(T, "SHAKESPEARE_SHA256", T.hashlib.sha256(STORY.encode()).hexdigest())
+def test_tinyshakespeare_is_downloaded_once(tmp_path, monkeypatch):   # test_qa.py tests failures, with GSM-8K
+    requested, content = [], STORY.encode()
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: requested.append(url) or io.BytesIO(content))
+    monkeypatch.setattr(T, "SHAKESPEARE_SHA256", T.hashlib.sha256(content).hexdigest())
     for _ in range(2):
-        assert T.read_text("tinyshakespeare", tmp_path) == STORY and asked == [T.SHAKESPEARE_URL]
+        assert T.read_text("tinyshakespeare", tmp_path) == STORY and requested == [T.SHAKESPEARE_URL]
     assert (tmp_path / "tinyshakespeare" / "input.txt").is_file()
 
 
 # ---- splits ----
 
-def test_split_keeps_paragraphs_apart():
+def test_no_paragraph_is_in_two_splits():
     text = T.read_text("topics") + "\n\n" + STORY + "\n\n" + STORY         # with repeated paragraphs
     splits = T.split_text(text)
     sets = {name: set(part.rstrip("\n").split("\n\n")) for name, part in splits.items()}
     assert not (sets["train"] & sets["val"] or sets["train"] & sets["test"] or sets["val"] & sets["test"])
-    assert set.union(*sets.values()) == set(T.paragraphs(text))
+    lost = set(T.paragraphs(text)) - set.union(*sets.values())
+    assert {" ".join(p.split()) for p in lost} <= {" ".join(p.split()) for p in sets["train"] | sets["test"]}
     total = sum(map(len, splits.values()))
     for name, share in T.SHARES.items():
         assert len(splits[name]) / total == pytest.approx(share, abs=0.01)
     assert splits == T.split_text(text, seed=0) != T.split_text(text, seed=1)
 
 
-def test_paragraphs():
+def test_blank_lines_separate_paragraphs():
     assert T.paragraphs("\n\n\n  a\n b \n \t\n\nc\n\n  a\n b\n") == ["  a\n b", "c"]
     with pytest.raises(InputError, match="blank lines"):
         T.split_text("one line\n" * 1000)
 
 
-def test_split_keeps_order_and_indentation():
+@pytest.mark.parametrize("seed", range(8))
+def test_a_long_paragraph_is_in_training(seed):
+    """Whatever the lengths: the shares are 80, 10 and 10 percent, as far as the paragraphs allow it."""
+    g = torch.Generator().manual_seed(seed)
+    for spread in (0.5, 1.0, 1.5, 2.0):
+        lengths = (400 * (spread * torch.randn(10 + 2 * seed, generator=g)).exp()).int().tolist()
+        text = "\n\n".join(f"{i} " + "x" * n for i, n in enumerate(lengths))
+        splits = {name: len(part) / len(text) for name, part in T.split_text(text, seed).items()}
+        assert splits["train"] > 0.7 and max(splits["val"], splits["test"]) < 0.17
+    giant = "\n\n".join(["x" * 77_000, *(f"{i} " + "x" * 300 for i in range(14))])
+    splits = T.split_text(giant, seed)
+    assert "x" * 77_000 in splits["train"] and min(map(len, splits.values())) > 2000
+
+
+def test_paragraphs_that_differ_in_whitespace_are_not_in_two_splits():
+    parts = [f"def f{i}(x):\n    return x + {i} * cos(x)" for i in range(60)]
+    text = "\n\n".join(parts + [p.replace("\n", "\n    ") for p in parts] + [p.replace(" ", "\t") for p in parts])
+    splits = {name: {" ".join(p.split()) for p in part.split("\n\n")} for name, part in T.split_text(text).items()}
+    assert not (splits["train"] & splits["val"] or splits["train"] & splits["test"] or splits["val"] & splits["test"])
+    assert set.union(*splits.values()) == {" ".join(p.split()) for p in parts} and min(map(len, splits.values())) > 1
+    with pytest.raises(InputError, match="has 9 different paragraphs"):
+        T.split_text("\n\n".join(parts[:9] + [p.replace("\n", "\n    ") for p in parts[:9]]))
+
+
+def test_a_split_keeps_order_and_indentation():
     text = "\n\n \n".join(f"    line {i}\n        more  " for i in range(20))
     parts = T.split_text(text)["train"].rstrip("\n").split("\n\n")
     assert all(re.fullmatch(r"    line \d+\n        more", part) for part in parts)
@@ -99,7 +125,7 @@ def test_split_keeps_order_and_indentation():
 
 # ---- tokenizers ----
 
-def test_bpe_merges_by_hand():
+def test_bpe_merges_the_most_frequent_pairs():
     # "ab" is most frequent (7), then "ab" + "c" (4); "de" and "fg" occur as often, so the smaller ids come first
     ranks = K.train_bpe("abc abc abc abc ab ab ab de fg de fg de fg".replace(" ", "1"), vocab_size=260)
     assert ranks[:256] == [f"{b:02x}" for b in range(256)]
@@ -107,7 +133,7 @@ def test_bpe_merges_by_hand():
 
 
 def naive_bpe(text, vocab_size):
-    """The same by counting every pair anew for each token."""
+    """Train the same BPE by counting every pair again for each token."""
     import regex
     words = [list(word.encode()) for word in regex.findall(K.GPT2_PATTERN, text)]
     tokens = [bytes([b]) for b in range(256)]
@@ -122,7 +148,7 @@ def naive_bpe(text, vocab_size):
 def test_bpe_equals_naive_counting():
     text = T.read_text("topics")[:2500] + " aaaa aaaaaaa ababab" * 20 + STORY[:3000]
     ranks = K.train_bpe(text, 330)
-    assert ranks == naive_bpe(text, 330) and len(set(ranks)) == 330        # no two tokens spell the same
+    assert ranks == naive_bpe(text, 330) and len(set(ranks)) == 330        # no two tokens have the same bytes
 
 
 def test_bpe_covers_every_byte(tokenizer):
@@ -135,26 +161,26 @@ def test_bpe_covers_every_byte(tokenizer):
     assert len(tokenizer.encode_ordinary(STORY)) < len(STORY) / 2
 
 
-def test_bpe_sizes():
+def test_bpe_stops_when_no_pair_repeats():
     assert len(K.train_bpe("abcdefg", 1024)) == 256                        # no pair occurs twice
     assert K.train_bpe("abcab", 1024)[256:] == [b"ab".hex()]               # one does
     assert K.bpe_tokenizer(K.train_bpe("", 256)).encode_ordinary("hi") == [104, 105]
 
 
-def test_gpt2_tokenizer_offline(monkeypatch):
+def test_gpt2_tokenizer_without_network_names_alternatives(monkeypatch):
     import tiktoken
 
     def offline(name):
         raise ConnectionError("no route to host")
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    with pytest.raises(MissingFile, match="TIKTOKEN_CACHE_DIR.*trained BPE"):
+    with pytest.raises(MissingFile, match="TIKTOKEN_CACHE_DIR.*BPE needs no network"):
         K.gpt2_tokenizer()
 
 
 # ---- the task ----
 
 @pytest.mark.parametrize("n, count", [(5, 1), (8, 1), (9, 2)])
-def test_windows(n, count):
+def test_windows_are_consecutive(n, count):
     tokens = torch.arange(n)
     x, y = T.windows(tokens, 4)
     assert x.shape == y.shape == (count, 4)
@@ -162,7 +188,7 @@ def test_windows(n, count):
 
 
 class Next(torch.nn.Module):
-    """Stands in for a GPT: the more a token exceeds the one before it, the less likely it is; writes zeros."""
+    """Replaces a GPT: the further a token is from the one before it, the less likely it is. It generates z."""
 
     def forward(self, tokens):
         return -0.01 * (torch.arange(320) - tokens.unsqueeze(-1)).abs().float()
@@ -173,16 +199,18 @@ class Next(torch.nn.Module):
         return torch.cat([tokens, torch.full((1, count), ord("z"))], dim=1)
 
 
-def test_the_task_of_a_text(tokenizer):
+def test_the_task_has_the_splits_loss_and_sample_of_its_text(tokenizer):
     task = T.LanguageModeling("story", STORY, tokenizer, 16, "cpu", split_seed=3, seed=9)
     for name, part in T.split_text(STORY, seed=3).items():
         assert task.splits[name].dtype == torch.int64 and tokenizer.decode(task.splits[name].tolist()) == part
-    assert task.data_config == {"data": "story", "sha256": T.hashlib.sha256(STORY.encode()).hexdigest(), "block_size": 16}
+    sha256 = T.hashlib.sha256(STORY.encode()).hexdigest()
+    assert task.data_config == {"data": "story", "sha256": sha256, "block_size": 16}
     assert (task.name, task.metric, task.higher_is_better) == ("story", "loss", False)
+    assert task.describe().startswith(f"story: {len(task.splits['train']):,} tokens in train, ")
     x, y = task.batch(8, seed=1, step=2)
     model, logs = Next(), Next()(x).log_softmax(dim=-1)
     assert task.loss(model, x, y).item() == pytest.approx(-logs.gather(2, y.unsqueeze(2)).mean().item(), rel=1e-5)
-    y[:, 5:] = -100                                                        # no loss there
+    y[:, 5:] = -100                                                        # these have no loss
     assert task.loss(model, x, y).item() == pytest.approx(
         -logs[:, :5].gather(2, y[:, :5].unsqueeze(2)).mean().item(), rel=1e-5)
     assert task.show(model) == [tokenizer.decode(task.splits["test"][:24].tolist()) + "z" * 80] and model.seed == 9
@@ -194,8 +222,8 @@ def test_a_batch_is_a_function_of_seed_and_step(tokenizer):
     x, y = task.batch(500, seed=0, step=7)
     assert x.shape == y.shape == (500, 16) and x.dtype == y.dtype == torch.int64
     assert torch.equal(y, x + 3) and torch.equal(x[:, 1:], y[:, :-1])
-    assert set(x[:, 0].tolist()) == set(range(0, 72, 3)), "stretches reach both ends"
-    torch.manual_seed(5)                                                   # no other generator has a say
+    assert set(x[:, 0].tolist()) == set(range(0, 72, 3)), "windows reach both ends"
+    torch.manual_seed(5)                                                   # the global generator does not matter
     assert torch.equal(task.batch(500, 0, 7)[0], x)
     for seed, step in ((0, 8), (1, 7), (7, 0)):
         assert not torch.equal(task.batch(500, seed, step)[0], x)
@@ -203,16 +231,17 @@ def test_a_batch_is_a_function_of_seed_and_step(tokenizer):
 
 @pytest.mark.parametrize("context, most", [(16, 7), (1300, 400)])          # many windows at a time, and 3
 def test_the_first_windows_are_evaluated(monkeypatch, context, most):
-    monkeypatch.setattr(T, "MOST_WINDOWS", most)
-    task = T.LanguageModeling("topics", T.read_text("topics")[:150_000], K.tokenizer_of(K.train_bpe("", 256)), context, "cpu")
+    monkeypatch.setattr(T, "TEXT_EVAL_SIZE", most)
+    text, one_byte = T.read_text("topics")[:150_000], K.tokenizer_of(K.train_bpe("", 256))
+    task = T.LanguageModeling("topics", text, one_byte, context, "cpu")
     for split in ("val", "test"):
         x, y = T.windows(task.splits[split], context)
         assert (len(x) > most) == (context == 16)
         scores = task.evaluate(Next(), split)
         assert scores["loss"] == scores["metric"] == pytest.approx(
-            task.loss(Next(), x[:most], y[:most]).item(), rel=1e-5)        # a mean over all tokens, however parted
+            task.loss(Next(), x[:most], y[:most]).item(), rel=1e-5), "a mean over all tokens"
 
 
-def test_a_split_that_fills_no_window(tokenizer):
+def test_a_split_that_fills_no_window_is_rejected(tokenizer):
     with pytest.raises(InputError, match=r"^\d+ tokens do not fill a window of 5000 .* shorter window$"):
         T.LanguageModeling("story", STORY, tokenizer, 5000, "cpu")

@@ -1,4 +1,4 @@
-"""What the tests of models share: small ones whose every number counts, and how tensors are compared."""
+"""Shared by the tests of models: small models whose parameters all matter, and the comparison of tensors."""
 
 import torch
 
@@ -13,7 +13,7 @@ def seeded(seed):
 
 
 def perturb(model, seed=0):
-    """Every parameter off its start (zeros and ones hide mistakes); returns the model, ready for evaluation."""
+    """Move every parameter away from its start, because zeros and ones hide mistakes; returns the model in eval mode."""
     g = seeded(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -29,7 +29,7 @@ def tokens(*shape, seed=0):
     return torch.randint(SMALL_GPT.vocab_size, shape, generator=seeded(seed))
 
 
-def pictures(*shape, seed=2):
+def images(*shape, seed=2):
     return torch.randn(*shape, generator=seeded(seed))
 
 

@@ -1,0 +1,321 @@
+"""Write the tables and figures of docs/evidence.md from docs/data.
+
+    python docs/reproduce/evidence.py            # rewrite the generated blocks of docs/evidence.md and docs/evidence_*.png
+
+A block begins with <!-- generated: NAME --> and ends with <!-- end -->. The statistics are those of
+docs/reproduce/hypotheses.md: seeds are averaged within a base, tests are paired t-tests over bases, and the eight
+confirmatory comparisons are corrected by Holm's method.
+"""
+
+import argparse
+import csv
+import math
+import re
+import statistics
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parents[1]
+GREY = "#808080"   # readable on light and on dark pages
+N_BASES = 10
+ARITHMETIC = "arithmetic, 300 steps"
+LONG = "arithmetic, 900 steps"
+REVIEWS = "movie reviews"
+PLAIN, PLAIN_RANDOM = "svft:pattern=plain", "svft:pattern=plain,basis=random"
+BANDED2, BANDED8 = "svft:off_diagonals=2", "svft:off_diagonals=8"
+BANDED8_RANDOM = "svft:off_diagonals=8,basis=random"
+POSITIONS, POSITIONS8 = "svft:pattern=random,off_diagonals=0", "svft:pattern=random,off_diagonals=8"
+MASK, MASK2 = "random_mask:off_diagonals=0", "random_mask:off_diagonals=2"
+LORA, VERA = "lora:rank=8", "vera:rank=256"
+
+CONFIRMATORY = [   # (task, what is compared, row, row that is subtracted), in the order of hypotheses.md
+    ("glyphs", "plain M: singular vectors − random basis", PLAIN, PLAIN_RANDOM),
+    ("glyphs", "plain M: diagonal − random positions", PLAIN, POSITIONS),
+    ("glyphs", "plain M − random mask", PLAIN, MASK),
+    ("glyphs", "banded 8: singular vectors − random basis", BANDED8, BANDED8_RANDOM),
+    ("glyphs", "banded 2 − LoRA rank 8", BANDED2, LORA),
+    ("glyphs", "banded 2 − full fine-tuning", BANDED2, "full"),
+    (ARITHMETIC, "banded 8: singular vectors − random basis", BANDED8, BANDED8_RANDOM),
+    (REVIEWS, "plain M: singular vectors − random basis", PLAIN, PLAIN_RANDOM),
+]
+EXPLORATORY = [
+    ("glyphs", "random positions − random basis, plain's count", POSITIONS, PLAIN_RANDOM),
+    ("glyphs", "banded 8 − random positions", BANDED8, POSITIONS8),
+    ("glyphs", "banded 2 − random mask", BANDED2, MASK2),
+    ("glyphs", "banded 8 − full fine-tuning", BANDED8, "full"),
+    ("glyphs", "VeRA rank 256 − LoRA rank 8", VERA, LORA),
+    ("glyphs", "VeRA rank 256 − full fine-tuning", VERA, "full"),
+    *((task, what, row, other) for task in (ARITHMETIC, LONG) for what, row, other in (
+        ("plain M: singular vectors − random basis", PLAIN, PLAIN_RANDOM),
+        ("plain M: diagonal − random positions", PLAIN, POSITIONS),
+        ("plain M − random mask", PLAIN, MASK),
+        ("banded 8: singular vectors − random basis", BANDED8, BANDED8_RANDOM),
+        ("banded 8 − random positions", BANDED8, POSITIONS8),
+        ("banded 2 − random mask", BANDED2, MASK2)) if (task, row, other) != (ARITHMETIC, BANDED8, BANDED8_RANDOM)),
+    (REVIEWS, "plain M: diagonal − random positions", PLAIN, POSITIONS),
+    (REVIEWS, "plain M − random mask", PLAIN, MASK),
+    (REVIEWS, "banded 2: singular vectors − random basis", BANDED2, "svft:off_diagonals=2,basis=random"),
+    (REVIEWS, "full fine-tuning − linear probe", "full", "head"),
+]
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", type=Path, default=DOCS / "data", help="folder of evidence_*.csv (docs/data)")
+    p.add_argument("--docs", type=Path, default=DOCS, help="folder of evidence.md and of the figures (docs)")
+    flags = p.parse_args(argv)
+    runs, sweeps = read(flags.data / "evidence_runs.csv"), read(flags.data / "evidence_sweeps.csv")
+    curves = read(flags.data / "evidence_curves.csv")
+    page = flags.docs / "evidence.md"
+    blocks = make_blocks(runs, sweeps)
+    page.write_text(fill(page.read_text(encoding="utf-8"), blocks), encoding="utf-8")
+    draw_differences(flags.docs / "evidence_differences.png", runs)
+    if curves:
+        draw_curves(flags.docs / "evidence_curves.png", curves)
+    print("\n\n".join("\n".join(block) for block in blocks.values()))
+
+
+def read(path):
+    """Return the lines of a CSV file as dicts; none if it does not exist."""
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def means(runs, task):
+    """Return {method: {base: mean metric over seeds}} of one task, for bases 0 to 9."""
+    values = {}
+    for r in runs:
+        if name_of(r) == task:
+            values.setdefault(r["method"], {}).setdefault(int(r["base"]), []).append(float(r["metric"]))
+    return {method: {base: statistics.mean(found) for base, found in bases.items()} for method, bases in values.items()}
+
+
+def name_of(r):
+    """Return a line's task, with the number of steps where a task has two, and the width where it is not the usual."""
+    name = f"arithmetic, {r['steps']} steps" if r["task"] == "arithmetic" else r["task"]
+    return name if r["width"] in ("128", "384") else f"{name}, width {r['width']}"
+
+
+def compare(runs, task, row, other):
+    """Return the paired comparison of two rows: {"n", "mean", "deviation", "low", "high", "p"}, or None below n = 2."""
+    found = means(runs, task)
+    a, b = found.get(row, {}), found.get(other, {})
+    differences = [a[base] - b[base] for base in sorted(a.keys() & b.keys())]
+    n = len(differences)
+    if n < 2:
+        return None
+    mean, deviation = statistics.mean(differences), statistics.stdev(differences)
+    error = deviation / math.sqrt(n)
+    half = t_quantile(0.05, n - 1) * error
+    p = t_p_value(mean / error, n - 1) if error else float(mean == 0)
+    return {"n": n, "mean": mean, "deviation": deviation, "low": mean - half, "high": mean + half, "p": p}
+
+
+def t_p_value(t, df):
+    """Return the two-sided p-value of Student's t with an integer number of degrees of freedom.
+
+    The finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4.
+    """
+    theta = math.atan(abs(t) / math.sqrt(df))
+    sin, cos = math.sin(theta), math.cos(theta)
+    term = total = 1.0 if df % 2 == 0 else cos
+    for j in range(2 if df % 2 == 0 else 3, df, 2):
+        term *= cos * cos * (j - 1) / j
+        total += term
+    if df % 2 == 0:
+        inside = sin * total
+    else:
+        inside = 2 / math.pi * (theta + (sin * total if df > 1 else 0))
+    return max(0.0, 1 - inside)
+
+
+def t_quantile(p, df):
+    """Return the t with this two-sided p-value, by bisection."""
+    low, high = 0.0, 1e4
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_p_value(middle, df) > p else (low, middle)
+    return high
+
+
+def holm(p_values):
+    """Return Holm's adjusted p-values, in the order of the given ones."""
+    adjusted, largest, m = [0.0] * len(p_values), 0.0, len(p_values)
+    for rank, i in enumerate(sorted(range(m), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (m - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def make_blocks(runs, sweeps):
+    """Return {name: lines of Markdown}."""
+    blocks = {"confirmatory": confirmatory_table(runs), "exploratory": exploratory_table(runs)}
+    for key, task, references in (("glyphs", "glyphs", (LORA, "full")), ("arithmetic", ARITHMETIC, (LORA, "full")),
+                                  ("arithmetic-900", LONG, ()), ("reviews", REVIEWS, ("head", "full"))):
+        blocks[key] = task_table(runs, task, references)
+    return blocks | {"one-run": one_run_table(runs), "sweeps": sweep_table(sweeps)}
+
+
+def confirmatory_table(runs):
+    found = [compare(runs, task, row, other) for task, _, row, other in CONFIRMATORY]
+    complete = [c is not None and c["n"] == N_BASES for c in found]
+    adjusted = holm([c["p"] if ok else 1.0 for c, ok in zip(found, complete)])
+    cells = [["#", "task", "difference", "mean", "95 % interval", "deviation", "n", "p", "p (Holm)"]]
+    for i, ((task, what, _, _), c, ok, p) in enumerate(zip(CONFIRMATORY, found, complete, adjusted), 1):
+        cells.append([str(i), task, what, *statistics_cells(c), p_text(p) if ok else "incomplete: 1"])
+    return markdown(cells, left=3)
+
+
+def exploratory_table(runs):
+    cells = [["task", "difference", "mean", "95 % interval", "deviation", "n", "p, uncorrected"]]
+    for task, what, row, other in EXPLORATORY:
+        c = compare(runs, task, row, other)
+        if c is not None:
+            cells.append([task, what, *statistics_cells(c)])
+    return markdown(cells, left=2)
+
+
+def statistics_cells(c):
+    """Return the cells mean, interval, deviation, n and p of a comparison."""
+    if c is None:
+        return ["not run", "", "", "0", ""]
+    return [f"{c['mean']:+.1f}", f"{c['low']:+.1f} to {c['high']:+.1f}", f"{c['deviation']:.1f}", str(c["n"]),
+            p_text(c["p"])]
+
+
+def p_text(p):
+    return "< 0.0001" if p < 1e-4 else f"{p:.4f}" if p < 0.01 else f"{p:.2f}"
+
+
+def task_table(runs, task, references):
+    """Return a row for each method: parameters, learning rate, mean ± deviation over bases, differences."""
+    lines, found = [r for r in runs if name_of(r) == task], means(runs, task)
+    if not lines:
+        return ["*Not run.*"]
+    cells = [["method", "trainable params", "lr", f"{lines[0]['metric_name']}", "n",
+              *(f"minus {reference}" for reference in references)]]
+    for method in sorted(found, key=lambda m: list(found).index(m)):
+        first, values = next(r for r in lines if r["method"] == method), list(found[method].values())
+        cells.append([method, f"{int(first['trainable_params']):,}", f"{float(first['lr']):g}", spread(values),
+                      str(len(values)), *(interval(compare(runs, task, method, reference)) if method != reference else "-"
+                                          for reference in references)])
+    return markdown(cells, left=1)
+
+
+def spread(values):
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
+def interval(c):
+    return "-" if c is None else f"{c['mean']:+.1f} ({c['low']:+.1f} to {c['high']:+.1f})"
+
+
+def one_run_table(runs):
+    """Return how far single runs of different bases deviate: of a metric, and of a difference between two rows."""
+    cells = [["task", "metric of one run: median", "largest", "difference of two rows: median", "largest"]]
+    for task in ("glyphs", ARITHMETIC, REVIEWS):
+        single = {}
+        for r in runs:
+            if name_of(r) == task:
+                single.setdefault(r["method"], {})[int(r["base"]), int(r["seed"])] = float(r["metric"])
+        methods = [m for m, values in single.items() if len(values) > 2]
+        if len(methods) < 2:
+            continue
+        metric = [single_deviation(single[m]) for m in methods]
+        paired = [single_deviation({key: single[a][key] - single[b][key] for key in single[a].keys() & single[b].keys()})
+                  for i, a in enumerate(methods) for b in methods[i + 1:]]
+        cells.append([task, *(f"{f(values):.1f}" for values in (metric, paired) for f in (statistics.median, max))])
+    return markdown(cells, left=1)
+
+
+def single_deviation(values):
+    """Return the deviation of one run over bases, {(base, seed): value}: the root mean variance over seeds' positions."""
+    positions = {}
+    for base, seed in sorted(values):
+        positions.setdefault(base, []).append(values[base, seed])
+    variances = [statistics.variance(column) for column in zip(*positions.values()) if len(column) > 1]
+    return math.sqrt(statistics.mean(variances))
+
+
+def sweep_table(sweeps):
+    """Return the mean validation metric of each learning rate; the best is bold."""
+    cells, scores = [["task", "method", "learning rate: mean validation metric over three bases"]], {}
+    for r in sweeps:
+        scores.setdefault((r["task"], r["width"], r["method"]), {}).setdefault(float(r["lr"]), []).append(float(r["metric"]))
+    for (task, width, method), grid in scores.items():
+        full = {lr: statistics.mean(v) for lr, v in sorted(grid.items()) if len(v) == 3}
+        if full:
+            best = max(full, key=lambda lr: (full[lr], -lr))
+            listed = ", ".join(f"**{lr:g}: {v:.1f}**" if lr == best else f"{lr:g}: {v:.1f}" for lr, v in full.items())
+            cells.append([task if width in ("128", "384") else f"{task}, width {width}", f"`{method}`", listed])
+    return markdown(cells, left=3)
+
+
+def markdown(cells, left):
+    """Return Markdown lines of a table; the first `left` columns are aligned to the left."""
+    rule = ["---" if i < left else "---:" for i in range(len(cells[0]))]
+    return ["| " + " | ".join(row) + " |" for row in (cells[0], rule, *cells[1:])]
+
+
+def fill(text, blocks):
+    """Return the page with its generated blocks replaced. Raises KeyError for a block that does not exist."""
+    def block(match):
+        return "\n".join([match[1], *blocks[match[2]], "<!-- end -->"])
+    return re.sub(r"(<!-- generated: ([\w-]+) -->)\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+
+
+def draw_differences(path, runs):
+    """Draw every comparison as its mean and 95 % interval, a panel for each task."""
+    from matplotlib.figure import Figure
+    listed = [(task, what, compare(runs, task, row, other), True) for task, what, row, other in CONFIRMATORY]
+    listed += [(task, what, compare(runs, task, row, other), False) for task, what, row, other in EXPLORATORY]
+    listed = [entry for entry in listed if entry[2] is not None]
+    tasks = list(dict.fromkeys(task for task, *_ in listed))
+    if not tasks:
+        return
+    sizes = [sum(entry[0] == task for entry in listed) for task in tasks]
+    figure = Figure(figsize=(8, 1.2 * len(tasks) + 0.3 * len(listed)), layout="constrained")
+    panels = figure.subplots(len(tasks), 1, squeeze=False, height_ratios=[n + 1 for n in sizes])[:, 0]
+    for axes, task in zip(panels, tasks):
+        entries = [entry for entry in listed if entry[0] == task][::-1]
+        for y, (_, _, c, confirmatory) in enumerate(entries):
+            axes.errorbar(c["mean"], y, xerr=[[c["mean"] - c["low"]], [c["high"] - c["mean"]]], marker="o", capsize=3,
+                          color="C0", fillstyle="full" if confirmatory else "none")
+        axes.axvline(0, color=GREY, linewidth=1)
+        axes.set_yticks(range(len(entries)), [what for _, what, _, _ in entries])
+        axes.set_ylim(-0.7, len(entries) - 0.3)
+        axes.set_title(f"{task}: difference in points, 95 % interval (filled: confirmatory)", color=GREY, fontsize="medium")
+        grey(axes)
+    figure.savefig(path, dpi=120, transparent=True, metadata={"Software": None})
+
+
+def draw_curves(path, curves):
+    """Draw validation metric over steps: one thin line for each base, one color for each row."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    lines = {}
+    for r in curves:
+        lines.setdefault(r["method"], {}).setdefault((r["base"], r["seed"]), []).append((int(r["step"]), float(r["metric"])))
+    for i, (method, bases) in enumerate(lines.items()):
+        for j, points in enumerate(bases.values()):
+            x, y = zip(*sorted(points))
+            axes.plot(x, y, color=f"C{i}", linewidth=0.8, label=None if j else method)
+    axes.set_xlabel("step", color=GREY)
+    axes.set_ylabel("validation problems solved, percent", color=GREY)
+    axes.legend(frameon=False, labelcolor=GREY)
+    grey(axes)
+    figure.savefig(path, dpi=120, transparent=True, metadata={"Software": None})
+
+
+def grey(axes):
+    """Give the axes a color that is readable on light and on dark pages."""
+    axes.tick_params(which="both", colors=GREY)
+    for spine in axes.spines.values():
+        spine.set_color(GREY)
+
+
+if __name__ == "__main__":
+    main()

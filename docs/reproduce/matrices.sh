@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Which matrices are adapted by banded SVFT, on glyphs: three base models, three seeds each.
+# Arguments are appended to every training command: with --steps 2 this is a smoke test.
+set -euo pipefail
+export OMP_NUM_THREADS=1
+OUT=${OUT:-out/reproduce}
+for s in 0 1 2; do
+    python train_vit.py pretrain --seed $s --out $OUT/base-glyphs-$s "$@"
+    python train_vit.py --init $OUT/base-glyphs-$s/pretrain/model.pt --seeds 3 --out $OUT/matrices-$s "$@" \
+        --methods svft:off_diagonals=2@query,value svft:off_diagonals=2@query,key,value \
+        svft:off_diagonals=2@query,key,value,out svft:off_diagonals=2@up,down svft:off_diagonals=2
+done
+python -m svmini.aggregate $OUT/matrices-?/results.json --baseline svft:off_diagonals=2

@@ -1,0 +1,52 @@
+"""docs/evidence.md: its statistics, and that its tables and figures follow from docs/data."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+sys.path.insert(0, str(DOCS / "reproduce"))
+import evidence  # noqa: E402
+
+
+@pytest.mark.parametrize("df, t", [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042)])
+def test_t_quantile_agrees_with_the_published_table(df, t):
+    assert evidence.t_quantile(0.05, df) == pytest.approx(t, abs=5e-4)
+    assert evidence.t_p_value(-t, df) == pytest.approx(0.05, abs=1e-4)
+
+
+def test_holm_multiplies_by_the_remaining_comparisons_and_stays_monotone():
+    assert evidence.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def run_line(base, seed, method, metric):
+    return {"task": "glyphs", "width": "128", "steps": "200", "base": str(base), "seed": str(seed), "method": method,
+            "metric": str(metric)}
+
+
+def test_a_comparison_averages_seeds_and_pairs_bases():
+    runs = [run_line(base, seed, method, metric) for base, seed, method, metric in [
+        (0, 0, "full", 70), (0, 1, "full", 72), (1, 2, "full", 80), (1, 3, "full", 80), (2, 4, "full", 90),
+        (0, 0, "head", 50), (0, 1, "head", 50), (1, 2, "head", 57), (1, 3, "head", 57)]]
+    found = evidence.compare(runs, "glyphs", "full", "head")
+    assert (found["n"], found["mean"]) == (2, pytest.approx(22))          # 21 and 23; base 2 has no partner
+    assert found["deviation"] == pytest.approx(2 ** 0.5)
+    assert (found["low"], found["high"]) == (pytest.approx(22 - 12.706, abs=1e-3), pytest.approx(22 + 12.706, abs=1e-3))
+
+
+def test_an_incomplete_comparison_counts_as_p_1_in_the_family():
+    runs = [run_line(base, 0, method, metric + base / 10) for base in range(9) for method, metric in
+            (("svft:pattern=plain", 60), ("svft:pattern=plain,basis=random", 70))]
+    first = evidence.confirmatory_table(runs)[2]
+    assert "| 9 |" in first and first.endswith("| incomplete: 1 |")
+
+
+def test_tables_and_figures_of_the_page_are_those_of_the_data(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    shutil.copy(DOCS / "evidence.md", tmp_path)
+    evidence.main(["--docs", str(tmp_path)])
+    assert (tmp_path / "evidence.md").read_text(encoding="utf-8") == (DOCS / "evidence.md").read_text(encoding="utf-8")
+    for figure in DOCS.glob("evidence_*.png"):
+        assert (tmp_path / figure.name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

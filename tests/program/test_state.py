@@ -1,0 +1,132 @@
+"""State and identity: state dicts and copies restore an adapted model, and a call that fails changes nothing."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn as nn
+from adapted import (ONE_EACH, SPECS, TARGETS, Net, all_tensors, assert_close, fit, fits, move, noise, rejected, same,
+                     train)
+
+from svmini import adapt, load_adapter, merge, save_adapter
+from svmini.errors import InputError
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if fits(spec, 16, 16) and "energy" not in spec])
+def test_a_state_dict_restores_an_adapted_model(spec):
+    """Also on another base: it holds the frozen tensors as well."""
+    model, x = train(move(fit(spec, Net())), lambda m: m(noise(4, 16)).square().sum()), noise(5, 16)
+    other = fit(spec, Net(seed=1))
+    assert (other(x) - model(x)).abs().max() > 0.1
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(x), model(x)) and same(all_tensors(other), all_tensors(model))
+    assert_close(merge(other)(x), model(x))
+
+
+def test_an_adapter_on_a_base_that_changed_is_not_saved(tmp_path):
+    """The file would belong to no base. After a state dict of another base, even if only adapted weights differ."""
+    other = Net()
+    other.query.weight.data += 0.1
+    model = fit("svft", Net())
+    model.load_state_dict(fit("svft", other).state_dict())
+    with rejected(model, "query.U has changed since adapt", "state dict", "adapting its own base"):
+        save_adapter(model, tmp_path / "a.pt")
+    model = fit("svfit", Net())
+    model.value.S[8:] = 0                                # truncation by hand
+    with rejected(model, "value.S has changed since adapt"):
+        save_adapter(model, tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("spec", ONE_EACH)
+def test_copies_are_complete_and_independent(spec, tmp_path):
+    """deepcopy, pickle and torch.save of the whole model. The check of .half() follows into the copy."""
+    model, x = move(fit(spec, Net())), noise(5, 16)
+    torch.save(model, tmp_path / "model.pt")
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)),
+              torch.load(tmp_path / "model.pt", weights_only=False)]
+    tensors = all_tensors(model)
+    for clone in copies:
+        assert same(all_tensors(clone), tensors) and clone.adaptation == model.adaptation
+        with rejected(clone, "cannot become torch.float16"):
+            clone.half()
+        assert {p.dtype for p in clone.double().parameters()} == {torch.float64}
+        merge(move(clone)).half()
+        assert same(all_tensors(model), tensors)         # the original is not touched
+    save_adapter(copy.deepcopy(model), tmp_path / "a.pt")
+    assert_close(load_adapter(Net(), tmp_path / "a.pt")(x), model(x))
+
+
+@pytest.mark.parametrize("lower", [lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.to("cpu", torch.float16),
+                                   lambda m: m.type(torch.complex64), lambda m: m.encoder.half(),
+                                   lambda m: m.encoder.query.half()])
+def test_a_lower_precision_is_rejected_before_anything_is_converted(lower):
+    """Whatever comes before the first adapter; a merged model can be converted."""
+    model = nn.Sequential()
+    model.first, model.encoder = nn.Linear(16, 16), Net()
+    fit("boft", model)
+    with rejected(model, "cannot become torch.", "autocast", "merge"):
+        lower(model)
+    assert {t.dtype for t in all_tensors(model.double()).values()} == {torch.float64}
+    assert {t.dtype for t in all_tensors(merge(model).half()).values()} == {torch.float16}
+
+
+def test_parameters_that_cannot_have_a_gradient_stay_frozen(tmp_path):
+    """Such as int8 weights of a quantized layer."""
+    def make():
+        model = Net()
+        model.norm.codes = nn.Parameter(torch.arange(3, dtype=torch.int8), requires_grad=False)
+        return model
+
+    x = noise(5, 16)
+    for method in ("full", "head", "svft"):
+        model = move(adapt(make(), method, targets=TARGETS, also_train=("head", "norm")))
+        if method != "full":
+            save_adapter(model, tmp_path / "a.pt")
+            assert_close(load_adapter(make(), tmp_path / "a.pt")(x), model(x))
+        merged = merge(copy.deepcopy(model))
+        assert_close(merged(x), model(x))
+        assert {n for n, p in merged.named_parameters() if not p.requires_grad} == {"norm.codes"}
+
+
+def test_a_layer_with_hooks_is_not_merged():
+    model = fit("svft", Net())
+    model.query.register_forward_hook(lambda layer, x, y: None)
+    with rejected(model, "query has hooks", "remove them first"):
+        merge(model)
+
+
+def in_inference_mode():
+    with torch.inference_mode():
+        return Net()
+
+
+@pytest.mark.parametrize("make, part", [
+    (lambda: nn.Sequential(nn.LazyLinear(4)), "0.weight is not initialized yet: run one batch"),
+    (lambda: nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d()), "1.weight is not initialized yet"),
+    (lambda: Net().to("meta"), "query.weight is on the meta device"), (in_inference_mode, "created in inference mode")])
+def test_a_model_without_usable_tensors_is_rejected(make, part, tmp_path):
+    save_adapter(fit("svft", Net()), tmp_path / "a.pt")
+    for call in (lambda m: adapt(m, "lora", ["0"]), lambda m: adapt(m, "full"),
+                 lambda m: load_adapter(m, tmp_path / "a.pt")):
+        model = make()
+        with pytest.raises(InputError, match=part):
+            call(model)
+        assert not hasattr(model, "adaptation")
+
+
+def test_a_lazy_layer_can_be_adapted_after_its_first_batch():
+    model = nn.Sequential(nn.LazyLinear(4))
+    model(noise(2, 3))
+    assert adapt(model, "svft", ["0"]).adaptation["layers"] == ["0"]
+
+
+def test_a_model_that_was_moved_in_inference_mode_can_be_saved_but_not_merged(tmp_path):
+    model = move(fit("svft", Net()))
+    with torch.inference_mode():
+        model.double()
+    save_adapter(model, tmp_path / "a.pt")
+    with pytest.raises(InputError, match="created in inference mode"):
+        merge(model)
+    with torch.no_grad():
+        assert_close(load_adapter(Net().double(), tmp_path / "a.pt")(noise(5, 16).double()), model(noise(5, 16).double()))
