@@ -62,7 +62,8 @@ def grade_method(name, examples, equation, tmp_path):
         right(spec in specs(), f"{spec} is missing in the examples of the class")
         for shape in SHAPES:
             layer = layer_of(spec, shape)
-            right(len(list(layer.parameters())) == 1, "train one nn.Parameter, and pass W0 to register_frozen")
+            right([p.dtype for p in layer.parameters()] == [torch.float64],
+                  "train one nn.Parameter, in the dtype of linear.weight, and pass W0 to register_frozen")
             expected = equation(linear(shape).weight, *layer.parameters())
             right(torch.allclose(layer.weight, expected), f"{spec}: weight is not what the equation gives")
         for check in test_contract.CHECKS:

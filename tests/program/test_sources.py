@@ -10,7 +10,7 @@ import torch
 import torchvision
 
 from published_states import as_hugging_face, timm_state
-from small_models import SMALL_VIT, gpt, images, perturb, same_tensors
+from tiny_models import SMALL_VIT, gpt, images, perturb, same_tensors
 from svmini import GPT, GPTConfig, ViT
 from svmini.errors import InputError, MissingFile
 from svmini.model_file import load_base, save_model
