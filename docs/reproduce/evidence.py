@@ -175,7 +175,7 @@ def exploratory_table(runs):
         c = compare(runs, task, row, other)
         if c is not None:
             cells.append([task, what, *statistics_cells(c)])
-    return markdown(cells, left=2)
+    return markdown(cells, left=2) if len(cells) > 1 else ["*Not run.*"]
 
 
 def statistics_cells(c):
