@@ -12,7 +12,7 @@ from svmini.data.text import LanguageModeling, read_text, split_text
 from svmini.data.tokenizers import bpe_tokenizer, tokenizer_of, train_bpe
 from svmini.errors import InputError
 from svmini.training import compare, pretrain, report
-from svmini.training.device import limit_threads, resolve_device
+from svmini.training.device import prepare_device, resolve_device
 from svmini.training.learning_rates import GPT_LEARNING_RATES as LEARNING_RATES
 from svmini.training.loop import TrainConfig
 
@@ -54,8 +54,7 @@ def compare_methods(argv):
         metadata = metadata | {"tokenizer": model_file.tokenizer_of_model(base, metadata, flags.init)}
     else:
         base, base_task, metadata = new_base(flags, flags.base_data or default_base(kind), device_config)
-    device_config = limit_threads(device_config, base)
-    print(f"device: {device_config.reason}")
+    device_config = prepare_device(device_config, base)
     specs = flags.methods or (QUICK if flags.quick else MAIN)
     if specs == ["all"]:
         specs = compare.all_specs(MAIN, base, flags.targets)
@@ -104,8 +103,7 @@ def pretrain_only(argv):
     flags = pretraining_flags(argv)
     device_config, out = resolve_device(flags.device, flags.dtype, flags.compile), cli.out_folder(flags, "gpt")
     model, task, metadata = new_base(flags, flags.data, device_config, flags)
-    device_config = limit_threads(device_config, model)
-    print(f"device: {device_config.reason}")
+    device_config = prepare_device(device_config, model)
     config = replace(PRETRAIN[kind_of(flags.data)], seed=flags.seed,
                      **cli.given(flags, "steps", "lr", "batch_size", "weight_decay", "grad_accum_steps"))
     pretrain.pretrain(model, task, config, device_config, out / "pretrain", metadata, resume=flags.resume,

@@ -9,7 +9,7 @@ from svmini import ViT, ViTConfig, analyze, cli, model_file
 from svmini.data.image_datasets import IMAGE_DATASETS, open_images
 from svmini.data.images import ImageClassification, describe, save_grid
 from svmini.training import compare, pretrain, report
-from svmini.training.device import limit_threads, resolve_device
+from svmini.training.device import prepare_device, resolve_device
 from svmini.training.learning_rates import VIT_LEARNING_RATES as LEARNING_RATES
 from svmini.training.loop import TrainConfig
 
@@ -41,8 +41,7 @@ def compare_methods(argv):
             base.set_input_size(flags.image_size)
     else:
         base, base_task, metadata = new_base(flags, flags.base_data or DATA[flags.data], device_config)
-    device_config = limit_threads(device_config, base)
-    print(f"device: {device_config.reason}")
+    device_config = prepare_device(device_config, base)
     specs = flags.methods or (QUICK if flags.quick else MAIN)
     if specs == ["all"]:
         specs = compare.all_specs(MAIN, base, flags.targets)
@@ -88,8 +87,7 @@ def pretrain_only(argv):
     flags = pretraining_flags(argv)
     device_config, out = resolve_device(flags.device, flags.dtype, flags.compile), cli.out_folder(flags, "vit")
     model, task, metadata = new_base(flags, flags.data, device_config, flags)
-    device_config = limit_threads(device_config, model)
-    print(f"device: {device_config.reason}")
+    device_config = prepare_device(device_config, model)
     config = replace(PRETRAIN, seed=flags.seed,
                      **cli.given(flags, "steps", "lr", "batch_size", "weight_decay", "grad_accum_steps"))
     pretrain.pretrain(model, task, config, device_config, out / "pretrain", metadata, resume=flags.resume,

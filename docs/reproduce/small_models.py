@@ -41,7 +41,8 @@ CONTROLS = ["svft:pattern=plain", "svft:pattern=plain,basis=random", "svft:patte
             "svft:pattern=random,off_diagonals=8", "random_mask:off_diagonals=0", "random_mask:off_diagonals=2"]
 METHODS = {"glyphs": ["head", "full", *CONTROLS, "lora:rank=8", "vera:rank=256"],
            "arithmetic": [*CONTROLS, "full", "lora:rank=8"]}
-LEARNING_RATES = {"glyphs": VIT_LEARNING_RATES["glyphs"], "arithmetic": GPT_LEARNING_RATES["arithmetic"]}
+LEARNING_RATES = {"glyphs": VIT_LEARNING_RATES["glyphs"] | {"head": 8e-2},   # by the sweep over three bases
+                  "arithmetic": GPT_LEARNING_RATES["arithmetic"]}
 CHANCE = {"glyphs": 100 / 26, "arithmetic": 0.0}   # the score of a run that diverged
 RUN_COLUMNS = ["task", "width", "steps", "base", "base_metric", "method", "seed", "metric", "metric_name", "status",
                "trainable_params", "lr", "machine", "torch", "date", "commit", "command"]

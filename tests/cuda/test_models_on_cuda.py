@@ -70,7 +70,7 @@ def test_an_adapted_model_moves_between_devices(method, device, tmp_path):
     model = adapt(fresh(device), method, **options)
     torch.manual_seed(1)
     for part, other in zip(adapters_of(model).values(), adapters_of(adapt(fresh("cpu"), method, **options)).values()):
-        for (name, a), b in zip(part.named_buffers(), other.buffers(), strict=True):   # factors of an SVD, random matrices
+        for (name, a), b in zip(part.named_buffers(), other.buffers(), strict=True):   # factors, random matrices
             assert a.device.type == device.type and torch.equal(a.cpu(), b), name
     expected = move(model)(x.to(device))
     assert relative(fresh(device)(x.to(device)), expected) > 1e-3, "the adapters change the outputs"

@@ -71,7 +71,7 @@ def quick(monkeypatch):
 
 
 def refused(main, argv, parts, folder, capsys):
-    """Assert that main(argv) prints one line with all parts, returns 2 and leaves the files of the folder as they were."""
+    """Assert that main(argv) prints one line with all parts, returns 2 and leaves the files in the folder alone."""
     def listing():
         return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -99,7 +99,8 @@ FLAGS = [
     ("--steps 0", "--steps", "a whole number of at least 1"), ("--steps -3", "of at least 1", "'-3'"),
     ("--steps 2.5", "a whole number", "'2.5'"), (f"--steps {2**63}", "a whole number"),
     ("--batch-size 0", "--batch-size"),
-    ("--seed -1", "--seed", "of at least 0"), ("--seeds 0", "--seeds", "from 1 to 1000"),
+    ("--seed -1", "--seed", "of at least 0"),
+    (f"--seed {2**62 + 1}", "--seed", f"from 0 to {2**62}"), ("--seeds 0", "--seeds", "from 1 to 1000"),
     ("--lr-sweep 0", "--lr-sweep"),
     ("--seeds 1000000000", "--seeds", "from 1 to 1000"), ("--lr-sweep 1000000000", "--lr-sweep", "from 1 to 100"),
     ("--save-every -1", "--save-every", "of at least 0"), ("--eval-every 1.5", "--eval-every"),
@@ -248,6 +249,7 @@ def test_an_unusable_out_or_device_is_refused_at_the_start(script, tmp_path, cap
     (KeyboardInterrupt(), 130), (Stopped("go on by --resume"), 130), (Diverged("nan: try a lower --lr"), 1),
     (OSError(28, "disk full"), 2), (InputError("two\nlines"), 2), (MissingFile("gone"), 2), (MemoryError(), 2),
     (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 2),
+    (RuntimeError("Storage size calculation overflowed with sizes=[2, 4611686018427387904]"), 2),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), 2)])
 def test_an_error_that_the_user_can_correct_is_one_line_and_a_code(error, code, capsys):
     def main(argv):
@@ -257,10 +259,15 @@ def test_an_error_that_the_user_can_correct_is_one_line_and_a_code(error, code, 
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_an_argument_that_is_not_utf_8_is_refused(capsys):
-    assert cli.run_command(lambda argv: pytest.fail("it started"), ["--data", "file:\udcff.txt"]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "'file:\\udcff.txt' is not valid UTF-8" in error
+@pytest.mark.parametrize("flag", ["--data", "--base-data", "--init"])
+def test_a_name_that_is_not_utf_8_is_refused(flag, tmp_path, capsys):
+    parts = ["'file:\\udcff.txt' is not valid UTF-8", "PYTHONUTF8=1"]
+    refused(train_gpt.main, [flag, "file:\udcff.txt", "--out", str(tmp_path / "x")], parts, tmp_path, capsys)
+
+
+def test_a_closed_stderr_does_not_stop_a_run(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert cli.run_command(lambda argv: sys.stderr.write("progress") and 0) == 0
 
 
 @pytest.mark.parametrize("encoding, shown", [("ascii", "? 3 ?"), ("cp1252", "± 3 ?"), ("utf-8", "± 3 █")])

@@ -1,6 +1,7 @@
 """The training loop: schedule, optimizer, clipping, micro-batches, waiting for the device, divergence, evaluation."""
 
 import math
+import os
 import shutil
 import signal
 import threading
@@ -14,7 +15,7 @@ from svmini.data import IGNORE_INDEX
 from svmini.errors import InputError
 from svmini.rng import generator
 from svmini.training import loop
-from svmini.training.device import DeviceConfig, limit_threads, resolve_device
+from svmini.training.device import DeviceConfig, prepare_device, resolve_device
 from svmini.training.loop import Diverged, evaluate, lr_multiplier, make_optimizer, train
 from toy import CPU, Toy, image_task, log_of, run_folder, tiny_gpt, tiny_vit, token_loss, train_config, walk
 
@@ -339,18 +340,16 @@ def test_a_gpu_uses_the_half_precision_that_its_hardware_has(capability, dtype, 
     assert found.device.type == "cuda" and found.dtype == dtype and found.reason.startswith("cuda (a card, auto-")
 
 
-@pytest.mark.parametrize("device, set_by_user, size, threads", [
-    ("cpu", None, 7, 1), ("cpu", "4", 7, 4), ("cpu", None, 2_000_000, 4), ("meta", None, 7, 4)])
-def test_a_small_model_uses_one_thread_unless_omp_num_threads_is_set(device, set_by_user, size, threads, monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if set_by_user:
-        monkeypatch.setenv("OMP_NUM_THREADS", set_by_user)
+@pytest.mark.parametrize("device, by_user, size, threads", [
+    ("cpu", {}, 7, 1), ("cpu", {"OMP_NUM_THREADS": "4"}, 7, 4), ("cpu", {}, 2_000_000, 4), ("meta", {}, 7, 4)])
+def test_a_small_model_uses_one_thread_unless_omp_num_threads_is_set(device, by_user, size, threads, monkeypatch, capsys):
+    monkeypatch.setattr(os, "environ", by_user)
     used = [4]
     monkeypatch.setattr(torch, "get_num_threads", lambda: used[-1])
     monkeypatch.setattr(torch, "set_num_threads", used.append)
     start = DeviceConfig(torch.device(device), torch.float32, f"{device} (4 threads, auto-selected), float32")
-    found = limit_threads(start, torch.nn.Linear(1, size, bias=False, device="meta"))
-    assert used[-1] == threads
+    found = prepare_device(start, torch.nn.Linear(1, size, bias=False, device="meta"))
+    assert used[-1] == threads and capsys.readouterr().out == f"device: {found.reason}\n"
     assert found == start if threads == 4 else found.reason == (
         "cpu (1 thread of 4 because the model is small, auto-selected), float32")
 
