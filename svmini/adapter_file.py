@@ -9,9 +9,8 @@ import torch
 from tqdm import tqdm
 
 from . import files
-from .adapting import (adaptation_of, adapters_of, digest, digests, dtype_of, exact_weight, fingerprint,
-                       full_precision, install, is_inside, modules_of, tensors_of, unadapted,
-                       unwrap, why_not)
+from .adapting import (adaptation_of, adapters_of, digest, digests, dtype_of, exact_weight, fingerprint, full_precision,
+                       install, is_inside, modules_of, tensors_of, unadapted, unwrap, why_not)
 from .errors import InputError
 from .methods import METHODS, check_options
 from .methods.adapter import HALF_DTYPES
@@ -88,7 +87,7 @@ def load_adapter(model, path):
             adapters = {name: rebuild(name, inner.get_submodule(name), content, saved) for name, saved in tqdm(
                 content["layers"].items(), "load adapter", leave=False, delay=2, disable=None)}
         except InputError as error:
-            raise InputError(f"{files.label(path)}: {error}") from None
+            raise InputError(f"{path}: {error}") from None
         install(inner, adapters, base, **{key: content[key] for key in RECORD})
         for name, value in content["trained"].items():
             tensors[name].copy_(value)

@@ -87,33 +87,28 @@ def load(path, kind):
 
     Raises MissingFile, or InputError if the file is damaged, was changed, or is of another kind or format.
     """
-    name = label(path)
     if not hasattr(path, "read") and not Path(path).is_file():
-        raise MissingFile(f"there is no {kind} at {name}")
+        raise MissingFile(f"there is no {kind} at {path}")
     try:
         file = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:   # unpickling fails in many ways; each means that this is not such a file
-        raise InputError(f"{name} is not a readable svmini {kind}: it is damaged, cut short or another kind of "
+        raise InputError(f"{path} is not a readable svmini {kind}: it is damaged, cut short or another kind of "
                          f"file ({one_line(error).split('. ')[0]})") from None
-    return check(file, kind, name)
+    return check(file, kind, path)
 
 
-def check(file, kind, name):
+def check(file, kind, path):
     """Return the content of what torch.load returned for a file of `save`. Raises the InputErrors of `load`."""
     found = one_line(file.get("kind", "something else") if isinstance(file, dict) else "something else")
     if found != f"svmini {kind}":
-        raise InputError(f"{name} holds {found}, not an svmini {kind}")
+        raise InputError(f"{path} holds an {found}, not an svmini {kind}" if found.startswith("svmini ")
+                         else f"{path} holds {found}, not an svmini {kind}")
     if file.get("format") != FORMAT:
-        raise InputError(f"{name} has format {file.get('format')}, but this svmini reads format {FORMAT}: write it again, "
+        raise InputError(f"{path} has format {file.get('format')}, but this svmini reads format {FORMAT}: write it again, "
                          "or use the svmini that wrote it")
     if file.get("sha256") != sha256_of(file.get("content")):
-        raise InputError(f"{name} is damaged: its SHA-256 is not that of its content")
+        raise InputError(f"{path} is damaged: its SHA-256 is not that of its content")
     return file["content"]
-
-
-def label(path):
-    """How a message names a path or a file object."""
-    return getattr(path, "name", "the file object") if hasattr(path, "read") else path
 
 
 def one_line(error):

@@ -11,11 +11,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))   # svmini, if it is not inst
 from svmini.adapting import find_linears
 from svmini.cli import run_command
 from svmini.methods.svd import thin_svd
-from svmini.model_file import class_of, load_base, save_model
+from svmini.model_file import load_base, save_model
 
 
 def main(base, rank, out):
-    model, metadata = load_base(base, class_of(base))
+    model, metadata = load_base(base)
     for linear in find_linears(model, model.targets, model.also_train).values():
         U, S, Vt = thin_svd(linear.weight)
         linear.weight.data = U[:, :rank] * S[:rank] @ Vt[:rank]

@@ -18,16 +18,16 @@ import torch
 from exercises import ToDo, band_share
 
 from svmini.cli import run_command
-from svmini.model_file import class_of, load_base
+from svmini.model_file import load_base
 
 ROUNDING = 4 * torch.finfo(torch.float32).eps
 
 
 def main(base, tuned):
-    kind = class_of(base)
-    before, after = (load_base(path, kind)[0].double().state_dict() for path in (base, tuned))
+    models = [load_base(path)[0].double() for path in (base, tuned)]
+    before, after = (model.state_dict() for model in models)
     print("layer          shape    d = 0  uniform    d = 2  uniform    d = 8  uniform    size   rank of ΔW  two largest")
-    for target in kind.targets:
+    for target in models[0].targets:
         names = [name for name in before if name.endswith(f".{target}.weight")]
         row = torch.tensor([update_of(before[name], after[name]) for name in names]).mean(dim=0).tolist()
         (d_out, d_in), D = before[names[0]].shape, min(before[names[0]].shape)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from .. import files
+from ..adapting import adapters_of, is_inside, tensors_of
 from ..errors import InputError
 from .loop import evaluate
 
@@ -153,13 +154,20 @@ def read_json(path, *keys):
 
 
 def trained_state(model):
-    """Return {name: tensor} of the parameters that require gradients, on the CPU. The frozen base is not stored."""
-    return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
+    """Return {name: tensor} of what training changes, on the CPU. The frozen base is not stored."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in changing_tensors(model).items()}
+
+
+def changing_tensors(model):
+    """{name: tensor} of the parameters that require gradients, and of buffers such as running statistics."""
+    adapters = adapters_of(model)
+    return {name: tensor for name, tensor in tensors_of(model).items() if tensor.requires_grad
+            or not isinstance(tensor, torch.nn.Parameter) and not is_inside(name, adapters)}
 
 
 def load_trained_state(model, state):
     """Copy a trained_state into a model. Raises InputError if names or shapes differ."""
-    ours = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    ours = changing_tensors(model)
     if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in state.items()}:
         raise InputError("the checkpoint belongs to another model or method: its trained parameters differ. "
                          "Leave out --resume to start again")

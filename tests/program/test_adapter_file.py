@@ -82,10 +82,10 @@ def test_file_objects_work_like_paths(path):
         save_adapter(model, file)
     for file in (io.BytesIO(buffer.getvalue()), path):
         assert torch.equal(load_adapter(Net(), file)(noise(5, 16)), model(noise(5, 16)))
-    with rejected(other, "the file object: it was trained on another base"):
+    with rejected(other, "BytesIO object", "it was trained on another base"):
         load_adapter(other, io.BytesIO(buffer.getvalue()))
     for damaged in (buffer, io.BytesIO(buffer.getvalue()[:500]), io.BytesIO(), io.StringIO("text")):
-        with rejected(other, "the file object is not a readable svmini adapter"):   # the first one is at its end
+        with rejected(other, "is not a readable svmini adapter"):   # the first one is at its end
             load_adapter(other, damaged)
 
 

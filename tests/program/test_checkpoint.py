@@ -69,6 +69,28 @@ def test_a_checkpoint_has_the_optimizer_and_the_trained_parameters_but_no_base(t
     assert {float(s["step"]) for s in content["optimizer"]["state"].values()} == {12.0}
 
 
+def test_running_statistics_are_resumed(tmp_path):
+    """As those of a BatchNorm that a student adds: a buffer that counts the training steps stands for them."""
+    class Counting(torch.nn.Identity):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("steps", torch.zeros(()))
+
+        def forward(self, x):
+            self.steps += self.training
+            return x
+
+    def model():
+        gpt = tiny_gpt()
+        gpt.blocks[0].mlp.down = torch.nn.Sequential(gpt.blocks[0].mlp.down, Counting())
+        return adapt(gpt, "svft", targets=("query",))
+
+    with pytest.raises(Stopped):
+        train(model(), interrupt_at(4), CONFIG, CPU, run_folder(tmp_path))
+    train(resumed := model(), Toy(), CONFIG, CPU, run_folder(tmp_path, resume=True))
+    assert resumed.blocks[0].mlp.down[1].steps == 12
+
+
 def test_the_log_has_no_line_twice_and_no_line_after_its_checkpoint(tmp_path):
     """After a kill between an evaluation and the next checkpoint, the log is ahead of the checkpoint."""
     def killed(size, seed, step):
