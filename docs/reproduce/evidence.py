@@ -196,7 +196,7 @@ def task_table(runs, task, references):
     if not lines:
         return ["*Not run.*"]
     cells = [["method", "trainable params", "lr", f"{lines[0]['metric_name']}", "n",
-              *(f"minus {reference}" for reference in references)]]
+              *(f"Δ vs {reference}" for reference in references)]]
     for method in sorted(found, key=lambda m: list(found).index(m)):
         first, values = next(r for r in lines if r["method"] == method), list(found[method].values())
         cells.append([method, f"{int(first['trainable_params']):,}", f"{float(first['lr']):g}", spread(values),

@@ -42,7 +42,7 @@ CONFIG = TrainConfig(steps=200, lr=0.0, batch_size=8, head_lr=4e-3)
 CENTERS = {"head": 1.6e-2, "full": 5e-5, "svft:pattern=plain": 1e-2, "svft:pattern=plain,basis=random": 1e-2,
            "svft:pattern=random,off_diagonals=0": 1e-2, "random_mask:off_diagonals=0": 1e-2,
            "svft:off_diagonals=2": 2e-3, "svft:off_diagonals=2,basis=random": 2e-3}
-LEARNING_RATES = {}   # not chosen so far: enter the best rates of `sweep` here
+LEARNING_RATES = {}   # not chosen so far: enter the best learning rates of `sweep` here
 
 
 class Classifier(nn.Module):
