@@ -164,8 +164,18 @@ def pretraining_parser(command, description, data, **sizes):
 
 
 def given(flags, *names):
-    """Return {name: value} of the flags that were given, as arguments of a TrainConfig."""
-    return {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+    """Return {name: value} of the flags that were given."""
+    return {name: getattr(flags, name) for name in names if getattr(flags, name, None) is not None}
+
+
+def training_flags(flags):
+    """Return the arguments of a TrainConfig that were given as flags, except for learning rate and seed."""
+    return given(flags, "steps", "batch_size", "grad_accum_steps", "head_lr", "weight_decay")
+
+
+def saving(flags):
+    """Return the flags that say when a run folder is saved, evaluated and resumed."""
+    return given(flags, "resume", "save_every", "eval_every")
 
 
 def out_folder(flags, model):
@@ -175,10 +185,8 @@ def out_folder(flags, model):
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: give a folder")
     out.mkdir(parents=True, exist_ok=True)
-    for folder in (out, out / "pretrain", out / "runs"):
-        if folder.is_dir():
-            with tempfile.TemporaryFile(dir=folder):   # fails if the folder is read-only
-                delete_temporary(folder)
+    tempfile.TemporaryFile(dir=out).close()   # fails if the folder is read-only
+    delete_temporary(out)
     return out
 
 

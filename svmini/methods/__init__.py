@@ -36,7 +36,8 @@ def options_of(method):
         return {}
     if method not in METHODS:
         known = [*WITHOUT_ADAPTERS, *METHODS]
-        raise InputError(f"there is no method {method!r}{nearest(method, known)}; methods: {', '.join(known)}")
+        raise InputError(f"there is no method {method!r}{nearest(method, known)}; methods: {', '.join(known)}" + (
+            "; adapt takes options as keywords: adapt(model, 'svft', off_diagonals=2)" if ":" in str(method) else ""))
     parameters = inspect.signature(METHODS[method].__init__).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 

@@ -122,20 +122,23 @@ def lr_sweep_lines(found):
     return lines
 
 
-def write(out, rows, metadata, lr_sweep=None):
+def write(out, rows, task, train_kwargs, device_config, base_metadata, lr_sweep=None):
     """Write results.json, results.md and, with matplotlib, results.png into the folder out; then print the table.
 
-    metadata: plain values on what was run, on which data and device; "task" is its name.
+    train_kwargs: the arguments of TrainConfig that all runs share.
     """
-    metadata = {"python": platform.python_version(), "torch": torch.__version__, **metadata}
+    metadata = {"python": platform.python_version(), "torch": torch.__version__, "task": task.name,
+                "device": device_config.reason, "dtype": str(device_config.dtype), "steps": train_kwargs["steps"],
+                "train_config": train_kwargs, **task.data_config,
+                "base": {key: value for key, value in base_metadata.items() if key != "tokenizer"}}
     bare = [{key: value for key, value in row.items() if key != "sample"} for row in rows]
-    table, remarks = summarize(rows), notes(rows, metadata["task"])
+    content = {**metadata, "rows": bare, "lr_sweep": lr_sweep}
+    files.write_text(Path(out) / "results.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    table, remarks = summarize(rows), notes(rows, task.name)
     lines = table_lines(table, REFERENCE if len({row["seed"] for row in rows}) > 1 else None)
-    files.write_text(Path(out) / "results.json", json.dumps({**metadata, "rows": bare, "lr_sweep": lr_sweep}, indent=1,
-                                                            ensure_ascii=False) + "\n")
     info = [f"- {key}: {value.get('result', value) if key == 'base' else value}" for key, value in metadata.items()]
     files.write_text(Path(out) / "results.md", "\n".join([
-        f"# {metadata['task']}", "", *lines, "", *cost_lines(table), "", *(f"- {n}" for n in remarks), "", *info, ""]))
+        f"# {task.name}", "", *lines, "", *cost_lines(table), "", *(f"- {n}" for n in remarks), "", *info, ""]))
     drawn = plot(Path(out) / "results.png", table)
     print("", *lines, "", *remarks, sep="\n")
     print(f"{Path(out) / 'results.json'}, results.md (learning rates, costs){', results.png' if drawn else ''}")

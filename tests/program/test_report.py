@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from svmini.training import compare, report
+from toy import CPU, Toy
 
 ACCURACY, GAP, DELTA = "accuracy (higher is better)", "gap recovered", "Δ vs lora:rank=8 (paired)"
 
@@ -150,7 +151,8 @@ def test_sweep_lines_show_divergence_and_edges():
 def written(out, capsys):
     rows = [*THREE_SEEDS, row("lora:rank=1", 61), row("zero-shot", 40, trainable_params=0),
             row("svft", None, failed="nan")]
-    report.write(out, rows, {"task": "größe →", "device": "cpu", "sha256": "ab", "steps": 3}, {"svfit": {"best": 1}})
+    task = Toy(name="größe →", data_config={"sha256": "ab"})
+    report.write(out, rows, task, {"steps": 3}, CPU, {"data": "a", "tokenizer": ["00"]}, {"svfit": {"best": 1}})
     return rows, capsys.readouterr().out
 
 
@@ -158,7 +160,9 @@ def test_results_json_and_results_md_contain_the_rows_and_the_table(tmp_path, ca
     rows, printed = written(tmp_path, capsys)
     content = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert content["python"] == platform.python_version() and content["torch"] == torch.__version__
-    assert (content["device"], content["sha256"], content["lr_sweep"]) == ("cpu", "ab", {"svfit": {"best": 1}})
+    expected = {"task": "größe →", "device": CPU.reason, "dtype": "torch.float32", "sha256": "ab", "steps": 3,
+                "train_config": {"steps": 3}, "base": {"data": "a"}, "lr_sweep": {"svfit": {"best": 1}}}
+    assert expected.items() <= content.items()
     assert content["rows"] == [{k: v for k, v in r.items() if k != "sample"} for r in rows]
     lines = (tmp_path / "results.md").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "# größe →" and "- steps: 3" in lines and "- svft, seed 0: nan" in lines
