@@ -27,8 +27,8 @@ def derived_metadata(base_metadata, metadata):
 
 
 def load_model(path, model_class, file=None):
-    """Return (model, metadata) from a file that save_model wrote, in the dtype that the file holds. file: what torch.load
-    returned for the path, if it was read already.
+    """Return (model, metadata) from a file that save_model wrote, in the dtype that the file holds. file: what
+    torch.load returned for the path, if it was read already.
 
     Raises MissingFile, or InputError for another kind of file or model.
     """
