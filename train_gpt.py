@@ -12,7 +12,7 @@ from svmini.data.text import LanguageModeling, read_text, split_text
 from svmini.data.tokenizers import bpe_tokenizer, tokenizer_of, train_bpe
 from svmini.errors import InputError
 from svmini.training import compare, pretrain, report
-from svmini.training.device import limit_threads, resolve_device
+from svmini.training.device import prepare_device, resolve_device
 from svmini.training.learning_rates import GPT_LEARNING_RATES as LEARNING_RATES
 from svmini.training.loop import TrainConfig
 
@@ -54,8 +54,7 @@ def compare_methods(argv):
         metadata = metadata | {"tokenizer": model_file.tokenizer_of_model(base, metadata, flags.init)}
     else:
         base, base_task, metadata = new_base(flags, flags.base_data or default_base(kind), device_config)
-    device_config = limit_threads(device_config, base)
-    print(f"device: {device_config.reason}")
+    device_config = prepare_device(device_config, base)
     specs = flags.methods or (QUICK if flags.quick else MAIN)
     if specs == ["all"]:
         specs = compare.all_specs(MAIN, base, flags.targets)
@@ -67,9 +66,9 @@ def compare_methods(argv):
         config = PRETRAIN["arithmetic" if kind == "arithmetic" else "text"]
         config = replace(config, steps=config.steps // (4 if flags.quick else 1), seed=flags.seed)
         base, metadata = pretrain.pretrain(base, base_task, config, device_config, out / "pretrain", metadata,
-                                           resume=flags.resume, save_every=flags.save_every)
-    train_kwargs = ADAPT[kind] | {"steps": ADAPT[kind]["steps"] // (2 if flags.quick else 1)} | cli.given(
-        flags, "steps", "batch_size", "grad_accum_steps")
+                                           **cli.saving(flags))
+    quick = {"steps": ADAPT[kind]["steps"] // 2} if flags.quick else {}
+    train_kwargs = ADAPT[kind] | quick | cli.training_flags(flags)
     seeds = range(flags.seed, flags.seed + flags.seeds)
     if not flags.resume:
         compare.delete_runs(learning_rates, seeds, out)
@@ -84,15 +83,11 @@ def compare_methods(argv):
     for seed in seeds:
         for spec, lr in learning_rates.items():
             config = TrainConfig(lr=lr, seed=seed, **train_kwargs)
-            rows.append(compare.run(spec, base, task, config, device_config, out, resume=flags.resume,
-                                    save_every=flags.save_every, eval_every=flags.eval_every,
-                                    metadata={"data": task.name}, base_metadata=metadata))
+            rows.append(compare.run(spec, base, task, config, device_config, out, base_metadata=metadata,
+                                    metadata={"data": task.name}, **cli.saving(flags)))
             print(report.line(rows[-1]))
     compare.fill_gap_recovered(rows)
-    base_info = {key: value for key, value in metadata.items() if key != "tokenizer"}
-    report.write(out, rows, {"task": task.name, "device": device_config.reason, "steps": train_kwargs["steps"],
-                             "dtype": str(device_config.dtype), "train_config": train_kwargs,
-                             "base": base_info, **task.data_config}, sweep)
+    report.write(out, rows, task, train_kwargs, device_config, metadata, sweep)
     analyze.draw_best(out, rows, base)
     if flags.quick:
         print(report.SMOKE_TEST)
@@ -104,12 +99,10 @@ def pretrain_only(argv):
     flags = pretraining_flags(argv)
     device_config, out = resolve_device(flags.device, flags.dtype, flags.compile), cli.out_folder(flags, "gpt")
     model, task, metadata = new_base(flags, flags.data, device_config, flags)
-    device_config = limit_threads(device_config, model)
-    print(f"device: {device_config.reason}")
-    config = replace(PRETRAIN[kind_of(flags.data)], seed=flags.seed,
-                     **cli.given(flags, "steps", "lr", "batch_size", "weight_decay", "grad_accum_steps"))
-    pretrain.pretrain(model, task, config, device_config, out / "pretrain", metadata, resume=flags.resume,
-                      save_every=flags.save_every, eval_every=flags.eval_every)
+    device_config = prepare_device(device_config, model)
+    config = replace(PRETRAIN[kind_of(flags.data)], seed=flags.seed, **cli.given(flags, "lr"),
+                     **cli.training_flags(flags))
+    pretrain.pretrain(model, task, config, device_config, out / "pretrain", metadata, **cli.saving(flags))
 
 
 def adapting_flags(argv):

@@ -9,7 +9,7 @@ from svmini import ViT, ViTConfig, analyze, cli, model_file
 from svmini.data.image_datasets import IMAGE_DATASETS, open_images
 from svmini.data.images import ImageClassification, describe, save_grid
 from svmini.training import compare, pretrain, report
-from svmini.training.device import limit_threads, resolve_device
+from svmini.training.device import prepare_device, resolve_device
 from svmini.training.learning_rates import VIT_LEARNING_RATES as LEARNING_RATES
 from svmini.training.loop import TrainConfig
 
@@ -41,8 +41,7 @@ def compare_methods(argv):
             base.set_input_size(flags.image_size)
     else:
         base, base_task, metadata = new_base(flags, flags.base_data or DATA[flags.data], device_config)
-    device_config = limit_threads(device_config, base)
-    print(f"device: {device_config.reason}")
+    device_config = prepare_device(device_config, base)
     specs = flags.methods or (QUICK if flags.quick else MAIN)
     if specs == ["all"]:
         specs = compare.all_specs(MAIN, base, flags.targets)
@@ -52,10 +51,9 @@ def compare_methods(argv):
     if not flags.init:
         config = replace(PRETRAIN, steps=PRETRAIN.steps // (4 if flags.quick else 1), seed=flags.seed)
         base, metadata = pretrain.pretrain(base, base_task, config, device_config, out / "pretrain", metadata,
-                                           resume=flags.resume, save_every=flags.save_every)
+                                           **cli.saving(flags))
     base.reset_classifier(len(source.classes))
-    train_kwargs = ADAPT | {"steps": ADAPT["steps"] // (2 if flags.quick else 1)} | cli.given(
-        flags, "steps", "batch_size", "grad_accum_steps", "head_lr")
+    train_kwargs = ADAPT | ({"steps": ADAPT["steps"] // 2} if flags.quick else {}) | cli.training_flags(flags)
     seeds = range(flags.seed, flags.seed + flags.seeds)
     if not flags.resume:
         compare.delete_runs(learning_rates, seeds, out)
@@ -69,14 +67,11 @@ def compare_methods(argv):
             learning_rates = {spec: sweep[spec]["best"] or lr for spec, lr in learning_rates.items()}
         for spec, lr in learning_rates.items():
             config = TrainConfig(lr=lr, seed=seed, **train_kwargs)
-            rows.append(compare.run(spec, base, task, config, device_config, out, resume=flags.resume,
-                                    save_every=flags.save_every, eval_every=flags.eval_every,
-                                    metadata=adapter_metadata(task, base, flags.seed), base_metadata=metadata))
+            rows.append(compare.run(spec, base, task, config, device_config, out, base_metadata=metadata,
+                                    metadata=adapter_metadata(task, base, flags.seed), **cli.saving(flags)))
             print(report.line(rows[-1]))
     compare.fill_gap_recovered(rows)
-    report.write(out, rows, {"task": task.name, "device": device_config.reason, "steps": train_kwargs["steps"],
-                             "dtype": str(device_config.dtype), "train_config": train_kwargs,
-                             "base": metadata, **task.data_config}, sweep)
+    report.write(out, rows, task, train_kwargs, device_config, metadata, sweep)
     analyze.draw_best(out, rows, base)
     save_predictions(out, task, rows)
     if flags.quick:
@@ -88,12 +83,9 @@ def pretrain_only(argv):
     flags = pretraining_flags(argv)
     device_config, out = resolve_device(flags.device, flags.dtype, flags.compile), cli.out_folder(flags, "vit")
     model, task, metadata = new_base(flags, flags.data, device_config, flags)
-    device_config = limit_threads(device_config, model)
-    print(f"device: {device_config.reason}")
-    config = replace(PRETRAIN, seed=flags.seed,
-                     **cli.given(flags, "steps", "lr", "batch_size", "weight_decay", "grad_accum_steps"))
-    pretrain.pretrain(model, task, config, device_config, out / "pretrain", metadata, resume=flags.resume,
-                      save_every=flags.save_every, eval_every=flags.eval_every)
+    device_config = prepare_device(device_config, model)
+    config = replace(PRETRAIN, seed=flags.seed, **cli.given(flags, "lr"), **cli.training_flags(flags))
+    pretrain.pretrain(model, task, config, device_config, out / "pretrain", metadata, **cli.saving(flags))
 
 
 def adapting_flags(argv):

@@ -215,7 +215,7 @@ def names_for(model, attribute, names):
     """The names as a list, by default those in the model's own attribute. Raises InputError for anything else."""
     names = files.plain(getattr(model, attribute, ()) if names is None else names)
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise InputError(f"{attribute} must be a list of names, such as ['query'], not {files.one_line(repr(names))}")
+        raise InputError(f"{attribute} must be a list of names, not {files.one_line(repr(names))}")
     return names
 
 

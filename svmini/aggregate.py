@@ -35,9 +35,11 @@ def command(argv):
     methods = list(dict.fromkeys(row["method"] for rows in files.values() for row in rows))
     if flags.baseline not in methods:
         raise InputError(f"--baseline {flags.baseline}: no file has this row; choose from {', '.join(methods)}")
-    lines = table_lines(list(files.values()), methods, flags.baseline) + notes(files)
-    drawn = flags.plot and report.plot(flags.plot, averaged(files.values()))
-    print("\n".join(lines) + ("\nfor a plot of the table: pip install matplotlib" if drawn is False else ""))
+    table = [summarize(list(files.values()), method, flags.baseline) for method in methods]
+    drawn = flags.plot and report.plot(flags.plot, table)
+    print(*report.table_lines(table, flags.baseline), *notes(files, table), sep="\n")
+    if drawn is False:
+        print("for a plot of the table: pip install matplotlib")
 
 
 def read_results(path):
@@ -96,49 +98,28 @@ def gap_recovered(rows, method):
     return sum(metric[s] - start[s] for s in seeds) / sum(full[s] - start[s] for s in seeds)
 
 
-def table_lines(files, methods, baseline):
-    """Return the table as lines of Markdown. files: the rows of each file."""
-    first = files[0][0]
-    better, digits = "higher" if first["higher_is_better"] else "lower", report.digits_of(files[0])
-    cells = [["method", "trainable params", f"{first['metric_name']} ({better} is better)", f"Δ vs {baseline} (paired)",
-              "gap recovered", "diverged"]]
-    for method in methods:
-        metrics = [metrics_of(rows, method) for rows in files]
-        pairs = [(x, metrics_of(rows, baseline)) for x, rows in zip(metrics, files)] if method != baseline else []
-        deltas = [statistics.mean(x[s] - y[s] for s in x.keys() & y.keys()) for x, y in pairs if x.keys() & y.keys()]
-        runs = [row for rows in files for row in rows if row["method"] == method]
-        cells.append([
-            method, f"{runs[0]['trainable_params']:,}",
-            spread([statistics.mean(x.values()) for x in metrics if x], f".{digits}f", len(files)),
-            spread(deltas, f"+.{digits}f", len(files)),
-            report.gap_cell([gap for rows in files if (gap := gap_recovered(rows, method)) is not None]),
-            f"{sum(row['metric'] is None for row in runs)} of {len(runs)}"])
-    if all(row[-1].startswith("0 of") for row in cells[1:]):
-        cells = [row[:-1] for row in cells]
-    return report.markdown(cells, left=("method", "gap recovered"))
+def summarize(files, method, baseline):
+    """Return a method's row for report.table_lines, with lists over files. files: the rows of each file."""
+    pairs = [(metrics_of(rows, method), metrics_of(rows, baseline)) for rows in files]
+    runs = [row for rows in files for row in rows if row["method"] == method]
+    differences = [statistics.mean(x[s] - y[s] for s in x.keys() & y.keys()) for x, y in pairs if x.keys() & y.keys()]
+    return {**runs[0], "metrics": [statistics.mean(x.values()) for x, _ in pairs if x],
+            "differences": differences if method != baseline else [],
+            "gap_recovered": [gap for rows in files if (gap := gap_recovered(rows, method)) is not None],
+            "ms_per_step": [row["ms_per_step"] for row in runs if row.get("ms_per_step")],
+            "n_runs": len(runs), "n_diverged": sum(row["metric"] is None for row in runs)}
 
 
-def spread(values, form, n_files):
-    """Return mean ± standard deviation over files, and how many files there are if some are missing."""
-    return (report.spread(values, form) or "-") + (f" (n = {len(values)})" if 0 < len(values) < n_files else "")
-
-
-def notes(files):
+def notes(files, table):
     """Return the lines under the table. files: {path: rows}."""
     lines = [f"mean ± standard deviation over {len(files)} files; differences and gaps are paired by file and seed"]
+    lines += [f"{t['method']}: in {len(t['metrics'])} of {len(files)} files" for t in table
+              if len(t["metrics"]) < len(files)]
     lines += [f"gap recovered leaves out {path}: {problem}" for path, rows in files.items()
               if (problem := report.gap_problem(rows))]
-    lrs = {}
-    for row in itertools.chain(*files.values()):
-        lrs.setdefault(row["method"], set()).add(row.get("lr"))
-    different = [method for method, values in lrs.items() if len(values) > 1]
+    lrs = {(row["method"], row.get("lr")) for rows in files.values() for row in rows}
+    different = [t["method"] for t in table if sum(method == t["method"] for method, _ in lrs) > 1]
     return lines + ([f"learning rates differ between the files: {', '.join(different)}"] if different else [])
-
-
-def averaged(files):
-    """Return one row per file and method, its metric averaged over seeds, for the plot."""
-    return [{**row, "seed": i, "metric": statistics.mean(found.values())} for i, rows in enumerate(files)
-            for row in {row["method"]: row for row in rows}.values() if (found := metrics_of(rows, row["method"]))]
 
 
 if __name__ == "__main__":

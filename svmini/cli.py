@@ -1,6 +1,7 @@
 """The command line: flags that the scripts and tools share, and errors as one line with exit code 2."""
 
 import argparse
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -42,7 +43,8 @@ def number(low, kind=int, above=False, high=2**62):
             value = float("nan")
         if not (value > low if above else value >= low) or value == float("inf") or kind is int and value > high:
             noun = "a whole number" if kind is int else "a number"
-            bound = f"above {low}" if above else f"of at least {low}" if high == 2**62 else f"from {low} to {high}"
+            limited = high < 2**62 or value > high
+            bound = f"above {low}" if above else f"from {low} to {high}" if limited else f"of at least {low}"
             raise argparse.ArgumentTypeError(f"must be {noun} {bound}, not {text!r}")
         return value
     return convert
@@ -64,10 +66,17 @@ def method_spec(text):
         raise argparse.ArgumentTypeError(error) from None
 
 
+def utf8(text):
+    """An argparse type: a name that can be stored in a JSON file, unlike some file names."""
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise argparse.ArgumentTypeError(f"{ascii(text)} is not valid UTF-8: rename the file, or set PYTHONUTF8=1")
+    return text
+
+
 def one_of(known):
     """Return an argparse type: a name in `known`, or a prefix with a path if "folder:PATH" or the like is in it."""
     def convert(text):
-        prefix, _, path = text.partition(":")
+        prefix, _, path = utf8(text).partition(":")
         if text not in known and not (path and f"{prefix}:PATH" in known):
             raise argparse.ArgumentTypeError(f"there is no {text!r}{nearest(text, known)}; choose from "
                                              + ", ".join(known))
@@ -125,8 +134,9 @@ def adapting_parser(command, description, data, weights):
     a("--methods", nargs="+", type=method_spec, metavar="SPEC",
       help="method specs to compare; all adds every method's examples (default: the main methods)")
     a("--quick", action="store_true", help="smoke test: fewer steps, and few methods unless --methods (default: off)")
-    base.add_argument("--init", metavar="MODEL", help=f"base model: a file or {weights} (default: pretrain one)")
-    base.add_argument("--base-data", metavar="NAME",
+    base.add_argument("--init", type=utf8, metavar="MODEL",
+                      help=f"base model: a file or {weights} (default: pretrain one)")
+    base.add_argument("--base-data", type=utf8, metavar="NAME",
                       help="dataset for pretraining the base model when --init is not given (default: by --data)")
     lrs.add_argument("--lr", type=number(0, float, True), metavar="X",
                      help="learning rate of every method (default: tuned for each method)")
@@ -154,8 +164,18 @@ def pretraining_parser(command, description, data, **sizes):
 
 
 def given(flags, *names):
-    """Return {name: value} of the flags that were given, as arguments of a TrainConfig."""
-    return {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+    """Return {name: value} of the flags that were given."""
+    return {name: getattr(flags, name) for name in names if getattr(flags, name, None) is not None}
+
+
+def training_flags(flags):
+    """Return the arguments of a TrainConfig that were given as flags, except for learning rate and seed."""
+    return given(flags, "steps", "batch_size", "grad_accum_steps", "head_lr", "weight_decay")
+
+
+def saving(flags):
+    """Return the flags that say when a run folder is saved, evaluated and resumed."""
+    return given(flags, "resume", "save_every", "eval_every")
 
 
 def out_folder(flags, model):
@@ -165,10 +185,8 @@ def out_folder(flags, model):
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: give a folder")
     out.mkdir(parents=True, exist_ok=True)
-    for folder in (out, out / "pretrain", out / "runs"):
-        if folder.is_dir():
-            with tempfile.TemporaryFile(dir=folder):   # fails if the folder is read-only
-                delete_temporary(folder)
+    tempfile.TemporaryFile(dir=out).close()   # fails if the folder is read-only
+    delete_temporary(out)
     return out
 
 
@@ -185,10 +203,8 @@ def run_command(main, argv=None, **commands):
         main, argv = commands[argv[0]], argv[1:]
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")   # a character that the terminal cannot show becomes "?"
+    sys.stderr = sys.stderr or open(os.devnull, "w")   # None if it is closed, which tqdm does not expect
     try:
-        for text in argv:
-            if text.encode("utf-8", "replace").decode() != text:
-                raise InputError(f"{ascii(text)} is not valid UTF-8: rename the file, or set PYTHONUTF8=1")
         return main(argv) or 0
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
@@ -200,8 +216,8 @@ def run_command(main, argv=None, **commands):
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
-        text = str(error).lower()
-        if not isinstance(error, MemoryError) and "out of memory" not in text and "tried to allocate" not in text:
+        signs = ("out of memory", "tried to allocate", "storage size calculation overflowed")
+        if not isinstance(error, MemoryError) and not any(sign in str(error).lower() for sign in signs):
             raise
         print(f"error: not enough memory ({' '.join(str(error).split())[:120]}): use a smaller --batch-size, or "
               "--grad-accum-steps", file=sys.stderr)

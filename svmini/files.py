@@ -101,7 +101,8 @@ def check(file, kind, path):
     """Return the content of what torch.load returned for a file of `save`. Raises the InputErrors of `load`."""
     found = one_line(file.get("kind", "something else") if isinstance(file, dict) else "something else")
     if found != f"svmini {kind}":
-        raise InputError(f"{path} holds {found}, not an svmini {kind}")
+        raise InputError(f"{path} holds an {found}, not an svmini {kind}" if found.startswith("svmini ")
+                         else f"{path} holds {found}, not an svmini {kind}")
     if file.get("format") != FORMAT:
         raise InputError(f"{path} has format {file.get('format')}, but this svmini reads format {FORMAT}: write it "
                          "again, or use the svmini that wrote it")

@@ -13,6 +13,8 @@ from .models.gpt import GPT
 from .models.published import FORMATS, detect_format, read_source
 from .models.vit import ViT
 
+MODELS = {"GPT": GPT, "ViT": ViT}
+
 
 def save_model(path, model, metadata):
     """Write a model with its config and metadata, a dict of plain values (its data, tokenizer, how it was trained)."""
@@ -26,13 +28,14 @@ def derived_metadata(base_metadata, metadata):
     return {key: base_metadata[key] for key in ("tokenizer", "published") if key in base_metadata} | metadata
 
 
-def load_model(path, model_class, file=None):
-    """Return (model, metadata) from a file that save_model wrote, in the dtype that the file holds. file: what
-    torch.load returned for the path, if it was read already.
+def load_model(path, model_class=None, file=None):
+    """Return (model, metadata) from a file that save_model wrote, in the dtype that the file holds.
 
-    Raises MissingFile, or InputError for another kind of file or model.
+    model_class: GPT or ViT, if only one of them will do. file: what torch.load returned for the path, if it was read
+    already. Raises MissingFile, or InputError for another kind of file or model.
     """
     content = files.load(path, "model") if file is None else files.check(file, "model", path)
+    model_class = model_class or MODELS[content["class"]]
     if content["class"] != model_class.__name__:
         raise InputError(f"{path} holds a {content['class']}, not a {model_class.__name__}")
     model = model_class(model_class.Config(**content["config"])).to(next(iter(content["state"].values())).dtype)
@@ -43,27 +46,29 @@ def load_model(path, model_class, file=None):
     return model, content["metadata"]
 
 
-def load_base(source, model_class, n_head=None):
+def load_base(source, model_class=None, n_head=None):
     """Return (model, metadata) of a base model in float32, in which the training scripts train (autocast is optional).
 
-    source: a model file, a name in model_class.urls(), or a file of published weights. n_head: number of heads of
-    published weights, see from_pretrained. metadata["published"] tells whether the weights are published ones.
+    source: a model file, a name in GPT.urls() or ViT.urls(), or a file of published weights. model_class: GPT or ViT,
+    if only one of them will do. n_head: number of heads of published weights, see from_pretrained.
+    metadata["published"] tells whether the weights are published ones.
     """
     model, metadata = load_any(source, model_class, n_head)
     return model.float(), metadata
 
 
 def load_any(source, model_class=None, n_head=None):
-    """Return what load_base returns, in the dtype of the model file (published weights: see from_pretrained). Without a
-    model_class, the source decides between GPT and ViT."""
+    """Return what load_base returns, in the dtype of the model file (published weights: see from_pretrained)."""
     urls = model_class.urls() if model_class else GPT.urls() | ViT.urls()
     weights = source if str(source) in urls else read_source(source, urls)
-    model_class = model_class or class_of(weights)
     if isinstance(weights, dict) and "kind" in weights:   # a file of svmini's: load_model rejects all but models
         if n_head is not None:
             raise InputError(f"{source} contains its number of heads: leave out --n-head")
         model, metadata = load_model(source, model_class, weights)
         return model, {"published": False} | metadata
+    if model_class is None:
+        kind = FORMATS[detect_format(weights)[0]].model if isinstance(weights, dict) else None
+        model_class = MODELS[kind] if kind else GPT if str(source) in GPT.urls() else ViT
     return model_class.from_pretrained(weights, n_head=n_head), {"data": Path(source).stem, "published": True}
 
 
@@ -100,14 +105,3 @@ def tokenizer_of_model(model, metadata, source):
         raise InputError(f"{source} has {model.config.vocab_size:,} tokens and GPT-2's tokenizer {GPT2_VOCAB:,}: "
                          "give weights that were trained with GPT-2's tokenizer")
     return tokenizer
-
-
-def class_of(source):
-    """Return GPT or ViT for a name of published weights, a file, or what was read from one."""
-    urls = GPT.urls() | ViT.urls()
-    if not isinstance(source, dict) and str(source) in urls:
-        return GPT if str(source) in GPT.urls() else ViT
-    state = read_source(source, urls)
-    if "kind" in state:
-        return GPT if isinstance(state.get("content"), dict) and state["content"].get("class") == "GPT" else ViT
-    return GPT if FORMATS[detect_format(state)[0]].model == "GPT" else ViT

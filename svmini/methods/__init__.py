@@ -25,9 +25,9 @@ METHODS = {   # one line per method: its name in a spec, and its class
 WITHOUT_ADAPTERS = ("full", "head")   # specs without adapters: full fine-tuning, and only the modules in also_train
 
 for method in METHODS.values():
-    if not method.examples:
-        raise TypeError(f'{method.__name__} needs examples, such as examples = ("rank=8",), or ("",) for a method without '
-                        "options: without them no test and no row of --methods all would cover it")
+    if not method.examples or isinstance(method.examples, str):
+        raise TypeError(f'{method.__name__} needs examples, such as examples = ("rank=8",), or ("",) for a method '
+                        "without options: without them no test and no row of --methods all would cover it")
 
 
 def options_of(method):
@@ -36,7 +36,8 @@ def options_of(method):
         return {}
     if method not in METHODS:
         known = [*WITHOUT_ADAPTERS, *METHODS]
-        raise InputError(f"there is no method {method!r}{nearest(method, known)}; methods: {', '.join(known)}")
+        raise InputError(f"there is no method {method!r}{nearest(method, known)}; methods: {', '.join(known)}" + (
+            "; adapt takes options as keywords: adapt(model, 'svft', off_diagonals=2)" if ":" in str(method) else ""))
     parameters = inspect.signature(METHODS[method].__init__).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 

@@ -26,9 +26,9 @@ class Adapter(nn.Module):
     The shared tests (tests/math, test_contract.py and test_gradients.py) require the following for every entry of
     `examples` and `test_options` and every shape that `check` accepts, in float32 and float64:
       - At the start, weight equals W0 up to rounding.
-      - weight and forward agree in value and gradient, for few tokens, many tokens and none (x[:0]). The gradient equals
-        finite differences. The tests first move the trainable parameters by noise of one size for all of them, so far
-        that weight changes by at most 30 % of its norm.
+      - weight and forward agree in value and gradient, for few tokens, many tokens and none (x[:0]). The gradient
+        equals finite differences. The tests first move the trainable parameters by noise of one scale for all of them,
+        so far that weight changes by at most 30 % of its norm.
       - The nn.Parameters are trained and nothing else. There are as many as `count` returns, and every one moves in a
         step, under autocast too.
       - A merged layer is an nn.Linear with `weight`. A saved layer loads on the same base model as it was. The loader
@@ -38,8 +38,8 @@ class Adapter(nn.Module):
         file does not. A buffer that cannot be computed again uses register_buffer, and the file holds it.
       - A step runs on the meta device, where tensors have no values: no `if` on a tensor, no tensor on another device.
       - On a bf16 or fp16 layer, frozen tensors keep the base's dtype and this class makes parameters float32. A method
-        does nothing for this if `weight` computes in the parameters' dtype and returns that of W0, to which `forward`
-        casts the parameters.
+        does nothing for this, except that a matrix product in `weight` casts the frozen factor to the parameter's dtype
+        and a `forward` of its own casts the parameters to the dtype of W0.
     """
     examples = ()       # options such as "rank=8" or "rank=8@query,value": rows of --methods all and test cases
     test_options = ()   # further test cases
@@ -70,7 +70,7 @@ class Adapter(nn.Module):
 
     @property
     def weight(self):
-        """The adapted weight (d_out, d_in), differentiable, in the dtype of the base layer, which other modules expect."""
+        """The adapted weight (d_out, d_in), differentiable, in the dtype of the base layer, as other modules expect."""
         raise NotImplementedError(f"{type(self).__name__} must define weight")
 
     @property
@@ -80,7 +80,7 @@ class Adapter(nn.Module):
 
     def forward(self, x):
         """x (..., d_in) -> x weightᵀ + b (..., d_out)."""
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight.to(self.base_dtype), self.bias)
 
     @staticmethod
     def count(d_out, d_in):
@@ -97,18 +97,18 @@ class Adapter(nn.Module):
         return super()._apply(fn, recurse)
 
     def __getattr__(self, name):
-        """If code inside a property lacks an attribute, nn.Module reports the property as missing. Name the attribute."""
+        """Name the attribute that the code of a property lacks. nn.Module would report the property as missing."""
         if isinstance(getattr(type(self), name, None), property):
             return getattr(type(self), name).fget(self)
         return super().__getattr__(name)
 
 
 def check_conversion(fn):
-    """Raise InputError if fn, which .to(), .half() and the like apply to every tensor, would round float32 parameters."""
+    """Raise InputError if fn, which .to(), .half() and the like apply to tensors, would round float32 parameters."""
     dtype = fn(torch.zeros(0, dtype=torch.float32, device="cpu")).dtype
     if dtype not in TRAINABLE_DTYPES:
-        raise InputError(f"an adapter cannot become {dtype}, in which small training steps are lost: keep it in float32 "
-                         "and use torch.autocast, or merge it first")
+        raise InputError(f"an adapter cannot become {dtype}, in which small training steps are lost: keep it in "
+                         "float32 and use torch.autocast, or merge it first")
 
 
 def add_update(x, W, bias, h, B):

@@ -4,9 +4,10 @@
 
 F_i cuts the d_in coordinates into chunks of b 2^(i−1), views a chunk as (2, 2^(i−1), b/2), and mixes the b coordinates
 at each index of the middle axis: neighbors in F_1, coordinates that are farther apart in each later factor. m = 1 is
-block-diagonal OFT. No factor mixes across chunks of c = b 2^(m−1), so R is block-diagonal with blocks of that size. They
-are computed once per step, and one batched product rotates x, instead of m products with copies between them.
-The paper and its code rotate the transposed weight, R W0ᵀ, so F_1ᵀ is next to W0. W0 R would be another family for m ≥ 2.
+block-diagonal OFT. No factor mixes across chunks of c = b 2^(m−1), so R is block-diagonal with blocks of that size.
+They are computed once per step, and one batched product rotates x, instead of m products with copies between them.
+The paper and its code rotate the transposed weight, R W0ᵀ, so F_1ᵀ is next to W0. W0 R would be another family if
+m ≥ 2.
 Trained: the entries of every Q above its diagonal, m · d_in · (b − 1) / 2 parameters per matrix.
 Start: Q = 0, so R = I and W = W0.
 """

@@ -5,8 +5,8 @@
 Trained: A (r, d_in) and B (d_out, r), r (d_in + d_out) parameters per matrix.
 Start:  kaiming  A uniform in ±1/√d_in as in the authors' code (the paper says Gaussian), B = 0, so W = W0
         pissa    B = U_r Σ_r^½, A = Σ_r^½ V_rᵀ, and W_res = W0 − B A replaces W0 (α = r), so W = W0 again
-PiSSA subtracts before it rounds: on a bf16 or fp16 base model W_res is rounded to the base's dtype, so the start differs
-from W0 by that rounding (relative error of W up to 2e-3 in bf16).
+On a bf16 or fp16 base model, W_res is rounded to the base's dtype, so PiSSA starts from W0 plus a rounding error. Its
+norm, measured on 96 x 96 and 384 x 384 matrices, is 1.4e-3 to 1.6e-3 of that of W0 in bf16 and 2e-4 in fp16.
 """
 
 import torch.nn as nn

@@ -1,4 +1,4 @@
-"""Thin SVD with fixed signs, computed once per process for a weight, and the cheapest exact way to apply its factors."""
+"""Thin SVD with fixed signs, computed once per weight and process, and the cheapest exact way to apply its factors."""
 
 import hashlib
 from collections import OrderedDict
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from .adapter import HALF_DTYPES, add_update
 
 CACHE_BYTES = 2**30        # bound of the cache: the factors of two ViT-B models in float32
-_cache = OrderedDict()     # key of a weight -> its factors, least recently used first; all methods of a comparison share it
+_cache = OrderedDict()     # key of a weight -> its factors, least recently used first: methods in a comparison share it
 
 
 def clear_svd_cache():
@@ -21,9 +21,9 @@ def clear_svd_cache():
 def thin_svd(weight):
     """Return copies of the thin SVD's factors on the weight's device.
 
-    weight (d_out, d_in) -> U (d_out, D), S (D,) descending, Vt (D, d_in), with D = min(d_out, d_in). The SVD is computed
-    in float64 on the CPU and cast to the weight's dtype, or to float32 for bf16 and fp16. In every column of U the entry
-    of largest size is positive.
+    weight (d_out, d_in) -> U (d_out, D), S (D,) descending, Vt (D, d_in), with D = min(d_out, d_in). The SVD is
+    computed in float64 on the CPU and cast to the weight's dtype, or to float32 for bf16 and fp16. In every column of U
+    the entry of largest absolute value is positive.
 
     The sign of a pair of singular vectors is arbitrary, and u_i v_jᵀ changes with it. The rule makes M mean the same on
     every machine. float32 would not suffice: single vectors are off by 3e-4 there, and the rule can tip over.

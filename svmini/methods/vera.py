@@ -4,10 +4,10 @@
 
 Trained: b (d_out) and d (r), d_out + r parameters per matrix; r may exceed the matrix's own rank.
 Start: b = 0, so W = W0; d = d_init.
-A (r, d_in) and B (d_out, r) are random and frozen, Kaiming-uniform in ±√(6/fan_in). Every layer takes the first columns
+A (r, d_in) and B (d_out, r) are random and frozen, Kaiming-uniform in ±√(6/fan_in). Every layer uses the first columns
 of one A and the first rows of one B. Both are drawn on the CPU from `seed`, in an order that does not depend on the
-other layers, so they can be drawn again and are not in the adapter file. fan_in is the layer's own, so A's scale follows
-its width. Each layer holds a copy of its slice.
+other layers, so they can be drawn again and are not in the adapter file. fan_in is the layer's own, so the scale of A
+follows the width of the layer. Each layer has a copy of its slice.
 """
 
 from functools import lru_cache

@@ -194,11 +194,11 @@ def lr_sweep(learning_rates, base, task, train_kwargs, device_config, out, n, re
 
     train_kwargs: arguments of TrainConfig without lr. The score is the metric on validation data. Returns
     {spec: {"lr": [...], "val": [...], "best": lr}}; best is None if all n diverged. out/lr_sweep.json contains the same
-    and every score so far, from which a resumed command continues, also with another n.
+    and every score so far, from which a resumed command continues. Raises InputError if its run config or n differ.
     """
     path, scores = Path(out) / "lr_sweep.json", {}
     run_config = run_config_of(base, task, TrainConfig(lr=0.0, **train_kwargs), device_config)
-    run_config = {key: value for key, value in after_json(run_config).items() if key != "lr"}
+    run_config = after_json(run_config) | {"lr": None, "lr_sweep": n}
     if not resume:
         path.unlink(missing_ok=True)   # a later --resume must not find it
     elif path.is_file():
@@ -217,8 +217,7 @@ def lr_sweep(learning_rates, base, task, train_kwargs, device_config, out, n, re
             tried[repr(lr)] = validation_score(spec, base, task, config, device_config)
         found = {s: choose(grid, scores[s], task.higher_is_better) for s, grid in grids.items()
                  if all(repr(lr) in scores.get(s, {}) for lr in grid)}
-        files.write_text(path, json.dumps({"run_config": run_config, "learning_rates": n, "found": found,
-                                           "scores": scores}, indent=1))
+        files.write_text(path, json.dumps({"run_config": run_config, "found": found, "scores": scores}, indent=1))
     return found
 
 

@@ -42,15 +42,17 @@ def resolve_device(device="auto", dtype="auto", compile=False):
     return DeviceConfig(torch.device(name), getattr(torch, dtype), reason, compile)
 
 
-def limit_threads(device_config, model):
-    """Use a single CPU thread if the model is small; returns the DeviceConfig with that reason.
+def prepare_device(device_config, model):
+    """Choose the number of CPU threads for a model, print the device line, and return the updated DeviceConfig.
 
-    The matrix products of a small model are so short that threads mostly wait for one another: a second thread gains
-    little on an idle machine, and next to a busy process it doubles the time. OMP_NUM_THREADS takes precedence.
+    A small model gets one thread: its matrix products are so short that threads mostly wait for one another. A second
+    thread gains little on an idle machine, and next to a busy process it doubles the time. OMP_NUM_THREADS takes
+    precedence.
     """
     threads, size = torch.get_num_threads(), sum(p.numel() for p in model.parameters())
-    if device_config.device.type != "cpu" or threads == 1 or size >= SMALL_MODEL or "OMP_NUM_THREADS" in os.environ:
-        return device_config
-    torch.set_num_threads(1)
-    return replace(device_config, reason=device_config.reason.replace(
-        f"{threads} threads", f"1 thread of {threads} because the model is small"))
+    if device_config.device.type == "cpu" and size < SMALL_MODEL and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+        reason = device_config.reason.replace(f"{threads} threads", f"1 thread of {threads} because the model is small")
+        device_config = replace(device_config, reason=reason)
+    print(f"device: {device_config.reason}")
+    return device_config

@@ -1,12 +1,12 @@
 """Tuned learning rates, {dataset: {method spec: learning rate}}, found by `--lr-sweep` on validation data.
 
-docs/evidence.md and docs/results.md list the scores of each sweep. "published" is for base models with published weights.
+docs/data/lr_sweeps.csv has the score of every learning rate. "published" is for base models with published weights.
 A spec that is missing here starts at its method's own `lr`.
 """
 
-VIT_LEARNING_RATES = {   # by target dataset; a dataset that is missing takes the rates of the glyphs
+VIT_LEARNING_RATES = {   # by target dataset; a dataset that is missing takes the learning rates of glyphs
     "glyphs": {
-        "head": 8e-2, "full": 5e-4, "svfit": 1.2e-1, "svft:pattern=plain": 1.2e-1, "svft:off_diagonals=2": 2.5e-2,
+        "head": 1.6e-1, "full": 5e-4, "svfit": 1.2e-1, "svft:pattern=plain": 1.2e-1, "svft:off_diagonals=2": 2.5e-2,
         "svft:off_diagonals=8": 1e-2, "lora:rank=1": 1e-2, "lora:rank=2": 1e-2, "lora:rank=8": 5e-3,
         "dora:rank=8": 5e-3, "vera:rank=256": 5e-2, "svft:rank=32,off_diagonals=8": 1e-2,
         "svft:pattern=plain,basis=random": 8e-2, "svft:off_diagonals=2,basis=random": 2e-2,
@@ -35,7 +35,7 @@ VIT_LEARNING_RATES = {   # by target dataset; a dataset that is missing takes th
         "dora:rank=8": 2e-3, "vera:rank=256": 1e-2, "boft:block_size=4,factors=2": 4e-3},
 }
 
-GPT_LEARNING_RATES = {   # by kind of data; question-answer pairs take the rates of text
+GPT_LEARNING_RATES = {   # by kind of data; question-answer pairs take the learning rates of text
     "text": {
         "full": 4e-3, "svfit": 3.2e-1, "svft:pattern=plain": 3.2e-1, "svft:off_diagonals=2": 8e-2,
         "svft:off_diagonals=8": 4e-2, "lora:rank=1": 4e-2, "lora:rank=2": 2e-2, "lora:rank=8": 2e-2,
@@ -51,7 +51,7 @@ GPT_LEARNING_RATES = {   # by kind of data; question-answer pairs take the rates
         "random_mask:off_diagonals=2": 4e-2, "random_mask:off_diagonals=8": 2e-2, "svft:rank=32,off_diagonals=8": 2e-2,
         "svft:rank=32,off_diagonals=8,basis=random": 4e-2, "lora:rank=1": 1e-2, "lora:rank=2": 1e-2,
         "lora:rank=8": 5e-3, "dora:rank=8": 1e-2, "vera:rank=256": 5e-2},
-    # not swept: svft's rates are those of its authors' scripts for Gemma-2B, the others are common first tries
+    # not swept: those of svft come from its authors' scripts for Gemma-2B, the others are common first tries
     "published": {
         "full": 5e-5, "svfit": 5e-2, "svft:pattern=plain": 5e-2, "svft:off_diagonals=2": 5e-3,
         "svft:off_diagonals=8": 5e-3, "lora:rank=1": 5e-4, "lora:rank=2": 5e-4, "lora:rank=8": 5e-4,

@@ -28,40 +28,43 @@ def summarize(rows):
     methods = {}
     for row in rows:
         methods.setdefault(row["method"], []).append(row)
-    reference = {r["seed"]: r["metric"] for r in methods.get(REFERENCE, [])}
+    reference, no_gap = {r["seed"]: r["metric"] for r in methods.get(REFERENCE, [])}, gap_problem(rows)
     table = []
     for spec, runs in methods.items():
         finite = [r for r in runs if r["metric"] is not None]
+        lists = {key: [r[key] for r in finite if r[key] is not None]
+                 for key in ("gap_recovered", "ms_per_step", "seconds", "peak_mb")}
         differences = [r["metric"] - reference[r["seed"]] for r in finite if reference.get(r["seed"]) is not None]
-        table.append({**(finite or runs)[0], "n_runs": len(runs), "metrics": [r["metric"] for r in finite],
-                      "differences": differences if spec not in (REFERENCE, "zero-shot") else [],
-                      **{key: [r[key] for r in finite if r[key] is not None]
-                         for key in ("gap_recovered", "ms_per_step", "seconds", "peak_mb")}})
+        table.append({**(finite or runs)[0], "n_runs": len(runs), "n_diverged": len(runs) - len(finite),
+                      "metrics": [r["metric"] for r in finite], **lists, **({"gap_recovered": []} if no_gap else {}),
+                      "differences": differences if spec not in (REFERENCE, "zero-shot") else []})
     return table
 
 
-def table_lines(rows):
-    """Return the table as lines of Markdown: trainable parameters, metric and gap recovered of each method."""
-    better = "higher" if rows[0]["higher_is_better"] else "lower"
-    digits, no_gap = digits_of(rows), gap_problem(rows)
-    cells = [["method", "trainable params", f"{rows[0]['metric_name']} ({better} is better)",
-              f"Δ vs {REFERENCE} (paired)", "gap recovered", "ms/step"]]
-    for t in summarize(rows):
-        cells.append([t["method"], f"{t['trainable_params']:,}", metric_cell(t["metrics"], t["n_runs"], digits),
-                      spread(t["differences"], f"+.{digits}f") or "-", gap_cell([] if no_gap else t["gap_recovered"]),
-                      spread(t["ms_per_step"], ".1f", mean_only=True) or "-"])
-    if len({row["seed"] for row in rows}) == 1:   # a single difference is not a paired comparison
+def table_lines(table, reference=REFERENCE):
+    """Return a summary as lines of Markdown: trainable parameters, metric, differences and gap recovered of each method.
+
+    reference: the method of the differences; None leaves them out, because a single difference is no paired comparison.
+    """
+    better = "higher" if table[0]["higher_is_better"] else "lower"
+    digits = 3 if table[0]["metric_name"] == "loss" else 1
+    cells = [["method", "trainable params", f"{table[0]['metric_name']} ({better} is better)",
+              f"Δ vs {reference} (paired)", "gap recovered", "ms/step"]]
+    for t in table:
+        diverged = f" ({t['n_diverged']} of {t['n_runs']} diverged)" if t["n_diverged"] else ""
+        cells.append([t["method"], f"{t['trainable_params']:,}", spread(t["metrics"], f".{digits}f") + diverged,
+                      spread(t["differences"], f"+.{digits}f"), gap_cell(t["gap_recovered"]), mean(t["ms_per_step"])])
+    if reference is None:
         cells = [row[:3] + row[4:] for row in cells]
     return markdown(cells, left=("method", "gap recovered"))
 
 
-def cost_lines(rows):
+def cost_lines(table):
     """Return a second table: the learning rate of each method and the cost of a run."""
     cells = [["method", "% of base", "lr", "ms/step", "s", "peak MB", "file"]]
-    for t in summarize(rows):
-        mean = {key: spread(t[key], ".1f", mean_only=True) or "-" for key in ("ms_per_step", "seconds", "peak_mb")}
+    for t in table:
         cells.append([t["method"], f"{t['trainable_percent']:.2f}", "-" if t["lr"] is None else f"{t['lr']:.2g}",
-                      mean["ms_per_step"], mean["seconds"], mean["peak_mb"], size(t["adapter_bytes"])])
+                      mean(t["ms_per_step"]), mean(t["seconds"]), mean(t["peak_mb"]), size(t["adapter_bytes"])])
     return markdown(cells, left=("method",))
 
 
@@ -119,28 +122,32 @@ def lr_sweep_lines(found):
     return lines
 
 
-def write(out, rows, metadata, lr_sweep=None):
+def write(out, rows, task, train_kwargs, device_config, base_metadata, lr_sweep=None):
     """Write results.json, results.md and, with matplotlib, results.png into the folder out; then print the table.
 
-    metadata: plain values on what was run, on which data and device; "task" is its name.
+    train_kwargs: the arguments of TrainConfig that all runs share.
     """
-    metadata = {"python": platform.python_version(), "torch": torch.__version__, **metadata}
+    metadata = {"python": platform.python_version(), "torch": torch.__version__, "task": task.name,
+                "device": device_config.reason, "dtype": str(device_config.dtype), "steps": train_kwargs["steps"],
+                "train_config": train_kwargs, **task.data_config,
+                "base": {key: value for key, value in base_metadata.items() if key != "tokenizer"}}
     bare = [{key: value for key, value in row.items() if key != "sample"} for row in rows]
-    table, remarks = table_lines(rows), notes(rows, metadata["task"])
-    files.write_text(Path(out) / "results.json", json.dumps({**metadata, "rows": bare, "lr_sweep": lr_sweep}, indent=1,
-                                                            ensure_ascii=False) + "\n")
+    content = {**metadata, "rows": bare, "lr_sweep": lr_sweep}
+    files.write_text(Path(out) / "results.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    table, remarks = summarize(rows), notes(rows, task.name)
+    lines = table_lines(table, REFERENCE if len({row["seed"] for row in rows}) > 1 else None)
     info = [f"- {key}: {value.get('result', value) if key == 'base' else value}" for key, value in metadata.items()]
-    lines = [f"# {metadata['task']}", "", *table, "", *cost_lines(rows), "", *(f"- {n}" for n in remarks), "", *info]
-    files.write_text(Path(out) / "results.md", "\n".join(lines) + "\n")
-    drawn = plot(Path(out) / "results.png", rows)
-    print("\n".join(["", *table, "", *remarks]))
+    files.write_text(Path(out) / "results.md", "\n".join([
+        f"# {task.name}", "", *lines, "", *cost_lines(table), "", *(f"- {n}" for n in remarks), "", *info, ""]))
+    drawn = plot(Path(out) / "results.png", table)
+    print("", *lines, "", *remarks, sep="\n")
     print(f"{Path(out) / 'results.json'}, results.md (learning rates, costs){', results.png' if drawn else ''}")
     if not drawn:
         print("for a plot of the table: pip install matplotlib")
 
 
-def plot(path, rows):
-    """Plot the metric against the trainable parameters (log scale), one color per method, as a PNG for light and dark
+def plot(path, table):
+    """Plot the metric of a summary against the trainable parameters (log scale), one color per method, as a PNG for light and dark
     pages. Returns False if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure   # pyplot would change the settings of a notebook
@@ -149,21 +156,21 @@ def plot(path, rows):
     grey, lines = "#808080", {}
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for t in (t for t in summarize(rows) if t["metrics"]):
-        mean = statistics.mean(t["metrics"])
+    for t in (t for t in table if t["metrics"]):
+        y = statistics.mean(t["metrics"])
         if t["trainable_params"]:
             deviation = statistics.stdev(t["metrics"]) if len(t["metrics"]) > 1 else 0
-            lines.setdefault(family(t["method"]), []).append((t["trainable_params"], mean, deviation))
+            lines.setdefault(family(t["method"]), []).append((t["trainable_params"], y, deviation))
         else:
-            axes.axhline(mean, color=grey, linestyle=":", linewidth=1)
-            axes.annotate(t["method"], (0.01, mean), xycoords=("axes fraction", "data"), va="bottom", color=grey)
+            axes.axhline(y, color=grey, linestyle=":", linewidth=1)
+            axes.annotate(t["method"], (0.01, y), xycoords=("axes fraction", "data"), va="bottom", color=grey)
     for i, (name, points) in enumerate(lines.items()):
         x, y, deviation = zip(*sorted(points))
         axes.errorbar(x, y, yerr=deviation if any(deviation) else None, marker="osD^vP"[i % 6], fillstyle="none",
                       capsize=3, linewidth=1, color=f"C{i % 10}", label=name)
     axes.set_xscale("log")
     axes.set_xlabel("trainable params (without the head)", color=grey)
-    axes.set_ylabel(rows[0]["metric_name"], color=grey)
+    axes.set_ylabel(table[0]["metric_name"], color=grey)
     axes.tick_params(which="both", colors=grey)
     for spine in axes.spines.values():
         spine.set_color(grey)
@@ -182,19 +189,6 @@ def family(spec):
 
 # ---- cells of a table ----
 
-def digits_of(rows):
-    """Return the number of decimals of the metric."""
-    return 3 if rows[0]["metric_name"] == "loss" else 1
-
-
-def metric_cell(metrics, n_runs, digits):
-    """Return mean ± standard deviation of the runs that did not diverge, and the number of those that did."""
-    if not metrics:
-        return "diverged"
-    diverged = n_runs - len(metrics)
-    return spread(metrics, f".{digits}f") + (f" ({diverged} of {n_runs} diverged)" if diverged else "")
-
-
 def gap_cell(values):
     """Return the mean gap recovered in percent, with a bar. Above 100 or below 0 its size means little."""
     if not values:
@@ -205,12 +199,14 @@ def gap_cell(values):
     return f"{percent:>5} {'█' * filled}{'·' * (10 - filled)}"
 
 
-def spread(values, form, mean_only=False):
-    """Return "mean ± standard deviation"; only the mean for one value, and None for no value."""
-    if not values:
-        return None
-    text = f"{statistics.mean(values):{form}}"
-    return text if mean_only or len(values) == 1 else text + f" ± {statistics.stdev(values):{form.lstrip('+')}}"
+def spread(values, form):
+    """Return "mean ± standard deviation", only the value if there is one, and "-" without values."""
+    deviation = f" ± {statistics.stdev(values):{form.lstrip('+')}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{deviation}" if values else "-"
+
+
+def mean(values):
+    return f"{statistics.mean(values):.1f}" if values else "-"
 
 
 def size(n_bytes):

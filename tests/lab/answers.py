@@ -1,22 +1,22 @@
-"""Model answers to docs/lab. Whoever works through the lab looks here last."""
+"""Model answers of docs/lab. If you work on the lab, look here last."""
 
 import torch
 import torch.nn as nn
 
 from svmini import METHODS
-from svmini.methods.adapter import Adapter
+from svmini.methods.adapter import Adapter, check_int
 from svmini.methods.svd import thin_svd
 
 
-def counts_of_a_matrix(d_out, d_in, d, r):
+def count_parameters(d_out, d_in, d, r):
     D = min(d_out, d_in)
     return D * (2 * d + 1) - d * (d + 1), r * (d_in + d_out), d_out + r
 
 
-def vit_b16():
-    """out is adapted too: without it SVFT would have 0.23M and LoRA 1.18M."""
+def counts_in_the_paper():
+    """out is adapted too: without it, SVFT would have 0.23M and LoRA 1.18M."""
     square, up, down = (768, 768), (3072, 768), (768, 3072)
-    six = [counts_of_a_matrix(*shape, 2, 8) for shape in 4 * [square] + [up, down]]
+    six = [count_parameters(*shape, 2, 8) for shape in 4 * [square] + [up, down]]
     return {"svft": 12 * sum(svft for svft, _, _ in six), "lora": 12 * sum(lora for _, lora, _ in six),
             "vera": 12 * 4 * (768 + 1024)}
 
@@ -39,8 +39,33 @@ class Columns(Adapter):
         return d_in
 
 
-def gradient_of_M(U, Vt, G, where):
-    i, j = where.t()
+class LoRAXS(Adapter):
+    """W = W0 + U_r Σ_r R V_rᵀ: svmini/methods/lora_xs.py."""
+    examples = ("rank=8", "rank=1")
+
+    def __init__(self, linear, *, rank=8):
+        super().__init__(linear, rank=rank)
+        U, S, Vt = thin_svd(linear.weight)
+        self.register_frozen("W0", linear.weight)
+        self.register_frozen("L", (U[:, :rank] * S[:rank]).to(linear.weight.dtype))     # (d_out, r)
+        self.register_frozen("Vt", Vt[:rank].to(linear.weight.dtype))                   # (r, d_in)
+        self.R = nn.Parameter(linear.weight.new_zeros(rank, rank))
+
+    @property
+    def weight(self):
+        return self.W0 + self.L.to(self.R.dtype) @ self.R @ self.Vt.to(self.R.dtype)
+
+    @staticmethod
+    def count(d_out, d_in, *, rank=8):
+        return rank ** 2
+
+    @staticmethod
+    def check(d_out, d_in, *, rank=8):
+        check_int("rank", rank, 1, min(d_out, d_in))
+
+
+def gradient_of_M(U, Vt, G, positions):
+    i, j = positions.t()
     return (U.t() @ G @ Vt.t())[i, j]
 
 
@@ -48,10 +73,10 @@ def wrong_gradient(y, factor):
     return y + (factor - 1) * (y - y.detach())
 
 
-def caught(place):
-    """In core both roads are wrong alike; closed_form looks at forward alone."""
-    return {"forward": {"two roads", "finite differences", "closed form"},
-            "weight": {"two roads", "finite differences"},
+def caught_by(place):
+    """An error in core changes both paths equally, and the closed form uses forward alone."""
+    return {"forward": {"two paths", "finite differences", "closed form"},
+            "weight": {"two paths", "finite differences"},
             "core": {"finite differences", "closed form"}}[place]
 
 
@@ -91,7 +116,7 @@ def after_flip(M, sign):
 
 
 class TinyFile:
-    """Where each u_i is largest, and its sign there; and W z for one z, to tell all the rest."""
+    """The row in which each u_i is largest and its sign there; W z for one fixed z detects all other differences."""
 
     @staticmethod
     def write(U, S, Vt, M):
@@ -105,5 +130,9 @@ class TinyFile:
         W = U @ (torch.diag(S) + after_flip(content["M"], sign)) @ Vt
         off = W @ torch.arange(Vt.shape[1]).double().cos() - content["Wz"]
         if off.norm() > close * content["Wz"].norm():
-            raise ValueError("these factors are of another matrix: give the base that M was trained on")
+            raise ValueError("these factors belong to another matrix: use the base model that M was trained on")
         return W
+
+
+def same_matrices(rank):
+    return f"svft:rank={rank},off_diagonals={rank - 1}"

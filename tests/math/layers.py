@@ -9,6 +9,7 @@ from svmini.methods.adapter import Adapter
 
 EPS = {torch.float32: 1e-5, torch.float64: 1e-10}   # relative to the largest entry
 SHAPES = {"square": (16, 16), "wide": (16, 24), "tall": (24, 16)}
+OWN = ("svfit", "svft", "lora", "dora", "vera", "boft", "random_mask")  # other methods were added by a reader
 TOKENS = (3, 20, 200)                               # few and many, so that every order of products is taken
 
 

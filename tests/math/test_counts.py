@@ -89,11 +89,12 @@ def test_why_four_printed_counts_do_not_follow():
 
 # (d_out, d_in), computed by hand from the formulas: D(2d + 1) - d(d + 1), with D = r if there is a rank, and so on
 COUNTED = [("svft:off_diagonals=0", (16, 64), 16), ("svft:off_diagonals=15", (16, 16), 256),
-           ("svft:pattern=random,off_diagonals=4", (64, 16), 16 * 9 - 20), ("svft:rank=8,off_diagonals=7", (32, 48), 64),
-           ("svft:rank=8,pattern=plain", (32, 48), 8), ("svft:rank=8,off_diagonals=2,basis=random", (32, 48), 8 * 5 - 6),
-           ("random_mask:off_diagonals=2", (32, 48), 32 * 5 - 6), ("svfit:rank=1", (16, 64), 1), ("svfit:", (64, 16), 16),
-           ("lora:rank=16", (16, 64), 16 * 80), ("dora:rank=16", (32, 48), 16 * 80 + 32), ("vera:rank=1", (64, 16), 65),
-           ("vera:rank=256", (16, 64), 272), ("boft:block_size=8,factors=2", (16, 64), 448)]
+           ("svft:pattern=random,off_diagonals=4", (64, 16), 124), ("svft:rank=8,off_diagonals=7", (32, 48), 64),
+           ("svft:rank=8,pattern=plain", (32, 48), 8), ("svft:rank=8,basis=random", (32, 48), 8 * 5 - 6),
+           ("random_mask:off_diagonals=2", (32, 48), 32 * 5 - 6), ("svfit:rank=1", (16, 64), 1),
+           ("svfit:", (64, 16), 16), ("lora:rank=16", (16, 64), 16 * 80), ("dora:rank=16", (32, 48), 16 * 80 + 32),
+           ("vera:rank=1", (64, 16), 65), ("vera:rank=256", (16, 64), 272),
+           ("boft:block_size=8,factors=2", (16, 64), 448)]
 
 
 @pytest.mark.parametrize("spec, shape, number", COUNTED)

@@ -60,7 +60,7 @@ def test_dora_starts_at_w0_and_its_row_norms_are_m(shape):
 @pytest.mark.parametrize("entry", (0.0, 1e-30))
 @pytest.mark.parametrize("options", ("rank=4", "rank=4,detach_norm=False"))
 def test_dora_keeps_a_row_without_direction_finite(options, entry):
-    """A row of zeros, or one whose norm underflows, stays what it is; value and gradient are finite, also after steps."""
+    """A row of zeros, or one whose norm underflows, stays (almost) zero, and values and gradients are finite."""
     base = linear(dtype=torch.float32)
     with torch.no_grad():
         base.weight[3] = entry

@@ -99,8 +99,8 @@ PATTERNS = ("pattern=plain", "off_diagonals=3", "pattern=random,off_diagonals=3"
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rank", (None, 1, 5, 15))
 def test_m_is_placed_at_its_positions(rank, shape):
-    """W = W0 + U_r M V_rᵀ for every pattern, r = D without a rank: u_i v_jᵀ and not u_j v_iᵀ. Nothing multiplies M, such
-    as the trained gate of the authors' code."""
+    """W = W0 + U_r M V_rᵀ for every pattern, r = D without a rank: u_i v_jᵀ and not u_j v_iᵀ. Nothing multiplies M,
+    such as the trained gate of the authors' code."""
     W0, (U, _, Vt) = weight_of(linear(shape)), thin_svd(linear(shape).weight)
     r = rank or 16
     for options in PATTERNS:

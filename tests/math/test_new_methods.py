@@ -30,7 +30,7 @@ class LoRAXS(Adapter):
 
     @property
     def weight(self):
-        return self.W0 + self.U.to(self.R.dtype) @ self.R @ self.Vt.to(self.R.dtype)
+        return (self.W0 + self.U.to(self.R.dtype) @ self.R @ self.Vt.to(self.R.dtype)).to(self.base_dtype)
 
     def forward(self, x):
         h = F.linear(F.linear(x, self.Vt), self.R.to(self.Vt.dtype))

@@ -82,12 +82,12 @@ def test_the_cache_is_bounded_and_keeps_the_most_recently_used_factors(monkeypat
 
 def test_writing_into_a_frozen_tensor_changes_no_other_layer():
     for spec in ("svfit:", "svft:", "svft:basis=random", "vera:rank=16"):
-        first, second = layer_of(spec, moved=False), layer_of(spec, moved=False)
+        first, second = layer_of(spec), layer_of(spec)
         expected = second.weight.clone()
         for name, tensor in first.named_buffers():
             if tensor.is_floating_point():
                 tensor.fill_(7)
-        assert torch.equal(second.weight, expected) and torch.equal(layer_of(spec, moved=False).weight, expected)
+        assert torch.equal(second.weight, expected) and torch.equal(layer_of(spec).weight, expected)
 
 
 # ---- the order of products ----

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from small_models import seeded
+from tiny_models import seeded
 
 
 def random_state(shapes, dtype):

@@ -1,6 +1,5 @@
 """A run stopped, killed or damaged at any moment continues to the same result, or is refused in one line."""
 
-import json
 import os
 import random
 import signal
@@ -16,7 +15,6 @@ import torch
 import train_gpt
 from little import call, little   # noqa: F401  little is a fixture
 from svmini import adapt, files
-from svmini.data.arithmetic import Arithmetic
 from svmini.errors import InputError
 from svmini.training import compare, pretrain
 from svmini.training.checkpoint import RUN_FILES, RunFolder, delete_run, differences, file_name
@@ -289,7 +287,7 @@ ARITHMETIC = ["--data", "arithmetic", "--methods", "svft", "lora:rank=2", "--ste
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
 @pytest.mark.parametrize("nth", [1, *(pytest.param(i, marks=pytest.mark.slow) for i in range(2, 12))])
-@pytest.mark.parametrize("stage", ["pretrain", "runs"])
+@pytest.mark.parametrize("stage", ["runs", pytest.param("pretrain", marks=pytest.mark.slow)])
 def test_a_process_killed_at_a_random_moment_resumes_to_the_last_bit(stage, nth, tmp_path, uninterrupted):
     argv = [sys.executable, str(Path(__file__).with_name("little.py")), "train_gpt", *ARITHMETIC, "--device", "cpu"]
     process = subprocess.Popen([*argv, "--save-every", "1", "--out", str(tmp_path)], stdout=subprocess.DEVNULL,
@@ -304,25 +302,6 @@ def test_a_process_killed_at_a_random_moment_resumes_to_the_last_bit(stage, nth,
     call(train_gpt, *ARITHMETIC, "--out", tmp_path, "--resume")
     for part in ("pretrain", "runs"):
         assert_same_folder(uninterrupted / part, tmp_path / part)
-
-
-def test_ctrl_c_ends_with_one_line_and_code_130(tmp_path, monkeypatch):
-    argv = [train_gpt, "pretrain", "--data", "arithmetic", "--n-layer", "1", "--n-head", "2", "--d-model", "16",
-            "--out", tmp_path / "with a space ü"]
-    batch = Arithmetic.batch
-
-    def interrupted(self, size, seed, step):
-        if step == 17:
-            signal.raise_signal(signal.SIGINT)
-        return batch(self, size, seed, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Arithmetic, "batch", interrupted)
-        error = call(*argv, code=130)
-    assert "step 18 of 24" in error and "--resume" in error
-    assert "lr was 0.002 and is 0.5" in call(*argv, "--resume", "--lr", "0.5", code=2)
-    content = json.loads(json.dumps(files.load(next(tmp_path.rglob("last.pt")), "run")["run_config"]))
-    assert content["lr"] == 0.002 and content["model"]["d_model"] == 16 and content["schedule"] == "cosine"
 
 
 def test_a_checkpoint_keeps_the_scale_of_float16(tmp_path):

@@ -81,7 +81,7 @@ def test_what_is_not_the_expected_file_is_rejected(tmp_path):
     files.save(path, "run", {"x": 1})
     files.save(buffer, "run", {"x": 1})
     for file, name in ((path, "file.pt"), (io.BytesIO(buffer.getvalue()), "<_io.BytesIO object.*>")):
-        with pytest.raises(InputError, match=f"{name} holds svmini run, not an svmini model"):
+        with pytest.raises(InputError, match=f"{name} holds an svmini run, not an svmini model"):
             files.load(file, "model")
     torch.save({"kind": "svmini adapter", "format": 1, "content": {}, "sha256": files.sha256_of({})}, path)
     with pytest.raises(InputError, match=f"file.pt has format 1, but this svmini reads format {files.FORMAT}"):

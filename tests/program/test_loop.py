@@ -1,20 +1,20 @@
 """The training loop: schedule, optimizer, clipping, micro-batches, waiting for the device, divergence, evaluation."""
 
 import math
+import os
 import shutil
 import signal
 import threading
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from svmini import adapt
 from svmini.data import IGNORE_INDEX
 from svmini.errors import InputError
 from svmini.rng import generator
 from svmini.training import loop
-from svmini.training.device import DeviceConfig, limit_threads, resolve_device
+from svmini.training.device import DeviceConfig, prepare_device, resolve_device
 from svmini.training.loop import Diverged, evaluate, lr_multiplier, make_optimizer, train
 from toy import CPU, Toy, image_task, log_of, run_folder, tiny_gpt, tiny_vit, token_loss, train_config, walk
 
@@ -105,32 +105,16 @@ class Plain(torch.nn.Module):
                    loss=lambda m, x, y: size * (m.weight * torch.tensor([3.0, 4.0])).sum())
 
 
-def use_scaler(monkeypatch, scale):
-    """Make train use a GradScaler with this initial scale, as in float16."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler)
-
-
 @pytest.mark.parametrize("size, clip, expected", [
     (2.0, 1.0, (0.6, 0.8)), (2.0, 20.0, (6.0, 8.0)), (0.1, 1.0, (0.3, 0.4))])
-@pytest.mark.parametrize("scale", [None, 2.0 ** 10])
+@pytest.mark.parametrize("scale", [1.0, 2.0 ** 10])
 def test_the_gradient_is_clipped_after_it_is_unscaled(size, clip, expected, scale, sgd, monkeypatch):
-    if scale:
-        use_scaler(monkeypatch, scale)
+    """scale: of the GradScaler, as in float16."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1)
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler)
     model = Plain()
     train(model, Plain.task(size), train_config(steps=1, grad_clip=clip), CPU, run_folder())
     assert (-model.weight).tolist() == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_float16_step_that_overflows_is_skipped_and_training_continues(monkeypatch):
-    """The scale is 2^127 in the first step and 2^125 in the third, the first one that does not overflow."""
-    use_scaler(monkeypatch, 2.0 ** 127)
-    model, weights = Plain(), []
-    task = Plain.task(1.2)
-    task.batch = lambda *key: (weights.append(model.weight.tolist()), (torch.ones(2, 1), torch.zeros(2, 1)))[1]
-    train(model, task, train_config(steps=20, warmup_ratio=0), CPU, run_folder(eval_every=0))
-    assert weights[:3] == 3 * [[0.0, 0.0]] and weights[3] == pytest.approx([-0.0095, -0.0095], rel=0.1)
-    assert model.weight.isfinite().all() and model.weight.abs().max() > 0.05
 
 
 def test_gradients_are_reset_in_every_step(sgd):
@@ -199,35 +183,6 @@ def test_compiled_steps_train_to_the_same_weights(backend, monkeypatch):
 
 # ---- waiting for the device ----
 
-class Waits(TorchDispatchMode):
-    """Record every operation that would make the host wait for a GPU: reading a value of a tensor."""
-
-    def __init__(self):
-        super().__init__()
-        self.steps, self.now = [], None
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if any(name in str(function) for name in ("_local_scalar_dense", "is_nonzero", "aten.equal", "aten.nonzero")):
-            self.steps.append(self.now)
-        return function(*args, **kwargs or {})
-
-
-@pytest.mark.parametrize("dtype, n", [("float32", 1), ("float32", 3), ("bfloat16", 2), ("float16", 2)])
-def test_the_host_waits_for_the_device_once_in_ten_steps(dtype, n):
-    """In all other steps, no value is read: not to check the weights, add up the loss, clip or scale gradients."""
-    def batch(size, seed, step):
-        waits.now = None   # drawing the batch happens on the CPU
-        x, y = few_labels(size, seed, step)
-        waits.now = step
-        return x, y
-
-    model, config = adapt(tiny_gpt(), "lora", rank=2), train_config(steps=25, grad_accum_steps=n)
-    with Waits() as waits:
-        train(model, Toy(batch=batch), config, resolve_device("cpu", dtype), run_folder(eval_every=0, save_every=0))
-    waited = [step for step in waits.steps if step is not None]
-    assert waited[:2] == [9, 19] and set(waited[2:]) == {24}, "0-based; the evaluation after the last step may wait"
-
-
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_step_needs_no_value(n, monkeypatch):
     """Tensors on the meta device have no values: all nine steps run, and the first read of the loss fails."""
@@ -238,6 +193,15 @@ def test_a_step_needs_no_value(n, monkeypatch):
         train(tiny_gpt(), task, train_config(steps=9, grad_accum_steps=n),
               DeviceConfig(torch.device("meta"), torch.float32, ""), run_folder(eval_every=0, save_every=0))
     assert steps == list(range(9))
+
+
+def test_the_check_for_finite_weights_reads_one_value(monkeypatch):
+    """Also see tests/cuda/test_training_on_cuda.py: between printed steps, no value is read."""
+    reads = []
+    for name in ("item", "__bool__", "__float__"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, real=real: reads.append(self) or real(self))
+    assert loop.check_finite(torch.tensor(2.5), list(tiny_gpt().parameters()), "x", 1, 0.1) == 2.5 and len(reads) == 1
 
 
 # ---- divergence ----
@@ -339,18 +303,16 @@ def test_a_gpu_uses_the_half_precision_that_its_hardware_has(capability, dtype, 
     assert found.device.type == "cuda" and found.dtype == dtype and found.reason.startswith("cuda (a card, auto-")
 
 
-@pytest.mark.parametrize("device, set_by_user, size, threads", [
-    ("cpu", None, 7, 1), ("cpu", "4", 7, 4), ("cpu", None, 2_000_000, 4), ("meta", None, 7, 4)])
-def test_a_small_model_uses_one_thread_unless_omp_num_threads_is_set(device, set_by_user, size, threads, monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if set_by_user:
-        monkeypatch.setenv("OMP_NUM_THREADS", set_by_user)
+@pytest.mark.parametrize("device, by_user, size, threads", [
+    ("cpu", {}, 7, 1), ("cpu", {"OMP_NUM_THREADS": "4"}, 7, 4), ("cpu", {}, 2_000_000, 4), ("meta", {}, 7, 4)])
+def test_a_small_model_uses_one_thread_unless_omp_num_threads_is_set(device, by_user, size, threads, monkeypatch, capsys):
+    monkeypatch.setattr(os, "environ", by_user)
     used = [4]
     monkeypatch.setattr(torch, "get_num_threads", lambda: used[-1])
     monkeypatch.setattr(torch, "set_num_threads", used.append)
     start = DeviceConfig(torch.device(device), torch.float32, f"{device} (4 threads, auto-selected), float32")
-    found = limit_threads(start, torch.nn.Linear(1, size, bias=False, device="meta"))
-    assert used[-1] == threads
+    found = prepare_device(start, torch.nn.Linear(1, size, bias=False, device="meta"))
+    assert used[-1] == threads and capsys.readouterr().out == f"device: {found.reason}\n"
     assert found == start if threads == 4 else found.reason == (
         "cpu (1 thread of 4 because the model is small, auto-selected), float32")
 

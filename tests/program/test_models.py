@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from small_models import SMALL_GPT, SMALL_VIT, gpt, perturb, seeded, tokens
+from tiny_models import SMALL_GPT, SMALL_VIT, gpt, perturb, seeded, tokens
 from svmini import GPT, GPTConfig, ViT, ViTConfig
 from svmini.errors import InputError
 from svmini.models.transformer import Attention

@@ -29,7 +29,7 @@ def few_glyphs(monkeypatch):
 def test_the_accuracy_is_on_the_test_split_of_the_training_data(base, adapter, data, count, folder, tmp_path, capsys):
     argv = ["--init", folder / base, "--out", tmp_path, "--device", "cpu", *(["--n-head", 2] if "raw" in base else [])]
     printed = call(predict, capsys, *argv, *(["--adapter", folder / adapter] if adapter else []))
-    data = f"folder:{folder / 'pictures'}" if data == "folder" else data
+    data = f"folder:{folder / 'images'}" if data == "folder" else data
     model, metadata = load_adapted(folder / base, adapter and folder / adapter, ViT, 2 if "raw" in base else None)
     task = ImageClassification(open_images(data, None, 0), 0, model.config, CPU.device)
     accuracy = evaluate(model, task, "test", CPU)["metric"]
@@ -41,7 +41,7 @@ def test_the_accuracy_is_on_the_test_split_of_the_training_data(base, adapter, d
 def test_the_data_and_seed_of_a_run_are_found_again(init, data, seed, folder, tmp_path, capsys, monkeypatch):
     """Of an adapter and of full fine-tuning, also of a published base."""
     n_head, per_class = (["--n-head", 2], ["--per-class", 3]) if "raw" in init else ([], [])
-    data = data if data == "glyphs" else f"{data}{folder / 'pictures'}"
+    data = data if data == "glyphs" else f"{data}{folder / 'images'}"
     argv = ["--init", folder / init, *n_head, "--data", data, *per_class]
     run_script(train_vit, *argv, "--methods", "full", "svfit", "--steps", 2, "--seed", seed, "--out", tmp_path)
     capsys.readouterr()
@@ -69,7 +69,7 @@ def test_data_with_other_classes_are_rejected_even_if_their_number_is_equal(fold
 
 def test_images_are_classified_in_batches(folder, tmp_path, capsys, monkeypatch):
     argv = ["--init", folder / "raw-vit.pt", "--n-head", 2, "--device", "cpu"]
-    paths = sorted((folder / "pictures" / "test").rglob("*.jpg"))[::3]
+    paths = sorted((folder / "images" / "test").rglob("*.jpg"))[::3]
     model, metadata = load_adapted(folder / "raw-vit.pt", folder / "raw-vit-adapter.pt", ViT, 2)
     x = prepare(torch.stack([read_image(path, 24) for path in paths]), 24, model.config.mean, model.config.std)
     probabilities = model.eval()(x).softmax(dim=1)

@@ -10,7 +10,7 @@ import torchvision
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from published_states import as_hugging_face, gpt2_forward, gpt2_state, timm_state, vit_features
-from small_models import SMALL_GPT, SMALL_VIT, gpt, images, perturb, same_tensors, tokens
+from tiny_models import SMALL_GPT, SMALL_VIT, gpt, images, perturb, same_tensors, tokens
 from svmini import GPT, ViT, ViTConfig, adapt
 from svmini.errors import InputError
 from svmini.model_file import load_model, save_model

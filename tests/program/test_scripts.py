@@ -87,7 +87,7 @@ def test_a_run_writes_its_files_and_prints_what_a_reader_needs(story):
         expected |= {f"{folder}/{n}" for n in ("metrics.jsonl", "row.json", made)}
         assert [(line["step"], line["split"]) for line in log_of(out / folder)] == [(2, "val"), (4, "val")]
         assert spec in printed and spec in (out / "results.md").read_text(encoding="utf-8")
-    assert printed.startswith("device: cpu (1 thread, set by --device), float32\n")
+    assert "device: cpu (1 thread, set by --device), float32\n" in printed
     assert "adapted layers: query, key, value, out, up, down (" in printed
     assert "Smoke test only: the base model is undertrained, so the ranking means nothing." in printed
     assert names - {"results.png", "analysis.png"} == expected | ({"predictions.png"} if name == "glyphs" else set())

@@ -10,10 +10,10 @@ import torch
 import torchvision
 
 from published_states import as_hugging_face, timm_state
-from small_models import SMALL_VIT, gpt, images, perturb, same_tensors
+from tiny_models import SMALL_VIT, gpt, images, perturb, same_tensors
 from svmini import GPT, GPTConfig, ViT
 from svmini.errors import InputError, MissingFile
-from svmini.model_file import save_model
+from svmini.model_file import load_base, save_model
 from svmini.models.published import FORMATS, GPT2_URLS, IMAGENET, detect_format, key_pairs
 
 GPT2_SIZES = {   # layers, heads, width, parameters as published by Hugging Face's models
@@ -103,6 +103,7 @@ def test_a_name_is_downloaded(cls, make, name, file, monkeypatch):
     asked, url, state = [], cls.urls()[name], make()
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **kw: asked.append((a, kw)) or state)
     cls.from_pretrained(name, n_head=1)
+    assert type(load_base(name, n_head=1)[0]) is cls and asked.pop() == asked[0]
     assert asked == [((url,), {"map_location": "cpu", "weights_only": True, "file_name": file})]
 
     def offline(*arguments, **options):

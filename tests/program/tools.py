@@ -38,9 +38,9 @@ def folder(tmp_path_factory):
                  {"data": "glyphs B", "image_size": 24, "classes": list("abcdefghijklmnopqrstuvwxyz")})
     model = moved(ViT(ViTConfig(16, 8, 3, 5, 1, 2, 16)))
     torch.save(model.to_torchvision(), out / "raw-vit.pt")
-    build_tree(out / "pictures", {"train": 6, "test": 2})
+    build_tree(out / "images", {"train": 6, "test": 2})
     save_adapter(moved(adapt(model.set_input_size(24).reset_classifier(4), "svfit")), out / "raw-vit-adapter.pt",
-                 {"data": f"folder:{out / 'pictures'}", "image_size": 24, "classes": [f"class {i}" for i in range(4)]})
+                 {"data": f"folder:{out / 'images'}", "image_size": 24, "classes": [f"class {i}" for i in range(4)]})
     return out
 
 
