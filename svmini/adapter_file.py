@@ -1,8 +1,8 @@
 """Adapter files: what was trained, and the base model that it belongs to.
 
 M alone would be ambiguous: it acts between singular vectors, whose signs are arbitrary, and only on one base. A file
-therefore also holds a fingerprint of the base and, for each adapted matrix, the product W z with one fixed vector z. The
-loader builds the adapters again from the base that it is given, and raises an error if they differ from the saved ones.
+therefore also holds a fingerprint of the base and, for each adapted matrix, the product W z with one fixed vector z.
+The loader builds the adapters again from the base that it is given, and raises an error if they differ.
 """
 
 import torch
@@ -26,10 +26,10 @@ def save_adapter(model, path, metadata=None):
     path: a path, or a file object that is open for writing bytes.
     metadata: a dict of plain values to store with it, such as the name of the data.
 
-    The file holds the method, its options and targets, the fingerprint and dtype of the base, and for each adapted layer
-    the resolved options, the trainable parameters (with the positions of svft's random and topk) and W z. It also holds
-    every other tensor that training changed, by name: the modules in also_train, parameters that were unfrozen by hand,
-    and buffers that moved, such as the running statistics of a BatchNorm.
+    The file holds the method, its options and targets, the fingerprint and dtype of the base, and for each adapted
+    layer the resolved options, the trainable parameters (with the positions of svft's random and topk) and W z. It also
+    holds every other tensor that training changed, by name: the modules in also_train, parameters that were unfrozen by
+    hand, and buffers that moved, such as the running statistics of a BatchNorm.
 
     Raises InputError if the model was not adapted or was fully fine-tuned (save the model itself), if a value is not
     finite, or if a frozen parameter has changed, which loading would not restore.
@@ -54,7 +54,7 @@ def save_adapter(model, path, metadata=None):
 
 
 def trained_tensors(model, adaptation, adapters):
-    """{name: tensor} of what training changed outside the adapters. Raises InputError for a frozen tensor that moved."""
+    """{name: tensor} of what training changed outside the adapters. Raises InputError if a frozen tensor moved."""
     base, frozen, tensors, trained = adaptation["base"], adaptation["frozen"], tensors_of(model), {}
     expected = base | frozen
     for name in expected | tensors:
@@ -65,8 +65,8 @@ def trained_tensors(model, adaptation, adapters):
             trained[name] = tensor
         elif tensor is None or digest(tensor) != expected.get(name):
             if tensor is None or isinstance(tensor, torch.nn.Parameter) or name in frozen or name not in base:
-                raise InputError(f"{name} has changed since adapt, but is not trained: keep it fixed, put its module into "
-                                 "also_train, or load a state dict only after adapting its own base")
+                raise InputError(f"{name} has changed since adapt, but is not trained: keep it fixed, put its module "
+                                 "into also_train, or load a state dict only after adapting its own base")
             trained[name] = tensor   # a buffer, such as running statistics
     return trained
 
@@ -76,8 +76,8 @@ def load_adapter(model, path):
 
     path: a path, or a file object that is open for reading bytes.
 
-    Raises MissingFile, or InputError if the file is damaged or of another kind or format, if the base is another one, or
-    if an adapted matrix differs from the saved one (W z within 1e-4). The model is then as it was.
+    Raises MissingFile, or InputError if the file is damaged or of another kind or format, if the base is another one,
+    or if an adapted matrix differs from the saved one (W z within 1e-4). The model is then as it was.
     """
     content, inner = files.load(path, "adapter"), unadapted(model)
     with full_precision(inner), torch.no_grad():
@@ -109,8 +109,8 @@ def check_base(content, model, tensors, base):
             has = "no such tensor" if tensor is None else f"{tuple(tensor.shape)} in {tensor.dtype}"
             raise InputError(f"it holds {name} of shape {tuple(value.shape)} in {value.dtype}, the model has {has}")
     if content["base"] != fingerprint(base, content["trained"]):
-        raise InputError("it was trained on another base model: load the weights that training started from, a ViT at the "
-                         f"same image size (the base was in {content['dtype']}, this model is in {dtype_of(model)})")
+        raise InputError("it was trained on another base model: load the weights that training started from, a ViT at "
+                         f"the same image size (the base was in {content['dtype']}, this model is in {dtype_of(model)})")
 
 
 def rebuild(name, linear, content, saved):
@@ -123,7 +123,7 @@ def rebuild(name, linear, content, saved):
         raise InputError(f"its layer {name} does not fit: {files.one_line(error)}") from None
     Wz, expected = probe(exact_weight(adapter)), saved["probe"]
     rounded = (adapter.base_dtype in HALF_DTYPES) != ("float16" in content["dtype"])
-    if not (Wz - expected).norm() <= (HALF_TOLERANCE if rounded else TOLERANCE) * expected.norm():   # also false for nan
+    if not (Wz - expected).norm() <= (HALF_TOLERANCE if rounded else TOLERANCE) * expected.norm():   # false for nan
         raise InputError(f"it does not give back the matrix trained at {name}: the factors of the base have changed")
     return adapter
 

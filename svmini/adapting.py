@@ -46,8 +46,8 @@ def adapt(model, method, targets=None, also_train=None, **options):
     layers = {} if method in WITHOUT_ADAPTERS else fitting_linears(inner, method, targets, options, also_train)
     trained = [inner] if method == "full" else heads
     if any(p.dtype in HALF_DTYPES for module in trained for p in module.parameters()):
-        warnings.warn("half precision loses small steps of the modules that are trained in full: convert them to float32 "
-                      "before adapt, and train under torch.autocast", stacklevel=2)
+        warnings.warn("half precision loses small steps of the modules that are trained in full: convert them to "
+                      "float32 before adapt, and train under torch.autocast", stacklevel=2)
     with full_precision(inner):
         base = digests(inner)
         adapters = {name: METHODS[method](linear, **options) for name, linear in tqdm(
@@ -60,13 +60,14 @@ def adapt(model, method, targets=None, also_train=None, **options):
 
 
 def merge(model, dtype=None):
-    """Replace every adapter by a plain nn.Linear with the adapted weight, in place. Returns the model, all of it trainable.
+    """Replace every adapter by a plain nn.Linear with the adapted weight, in place. Returns the model.
 
     dtype: None keeps the dtype of each base layer. In a half-precision model this rounds the sum of base weight and
     update, and an update smaller than half a unit in the last place of the weight is lost. dtype=torch.float32 keeps
     the update and converts the whole model, so that its layers still fit together.
 
-    Raises InputError if the model was not adapted or a layer cannot be replaced; the model is then as it was.
+    All parameters can be trained afterwards. Raises InputError if the model was not adapted or a layer cannot be
+    replaced; the model is then as it was.
     """
     inner = unwrap(model)
     adaptation_of(inner, "there is nothing to merge")
@@ -99,7 +100,8 @@ def count_trainable(model):
     counts = {"adapter": 0, "head": 0}
     for name, p in inner.named_parameters():
         full = record["method"] == "full" and not is_inside(name, record["also_train"])
-        counts["adapter" if full or is_inside(name, record.get("layers", ())) else "head"] += p.numel() * p.requires_grad
+        key = "adapter" if full or is_inside(name, record.get("layers", ())) else "head"
+        counts[key] += p.numel() * p.requires_grad
     return counts | {"total": sum(counts.values())}
 
 
@@ -121,7 +123,7 @@ def find_linears(model, targets, also_train=()):
             raise InputError(f"target {target!r} matches no layer{reason}; {offers(model, also_train)}")
         adapted = [name for name in matched if not is_inside(name, also_train)]
         if not adapted:
-            raise InputError(f"{matched[0]} is trained in full because of also_train: remove {target!r} from the targets")
+            raise InputError(f"{matched[0]} is trained in full by also_train: remove {target!r} from the targets")
         for name in adapted:
             reason = why_not(modules[name], tied)
             if reason:
@@ -146,7 +148,8 @@ def why_not(module, tied=()):
     """Return why a module cannot be adapted, or None. tied: ids of parameters that occur in more than one place."""
     if type(module).__name__ == "Conv1D":
         return "is a Conv1D of Hugging Face's GPT-2, not an nn.Linear: use GPT.from_pretrained(model.state_dict())"
-    if type(module).forward is not nn.Linear.forward or "forward" in vars(module) or hasattr(module, "parametrizations"):
+    own_forward = type(module).forward is not nn.Linear.forward or "forward" in vars(module)
+    if own_forward or hasattr(module, "parametrizations"):
         return f"is not a plain nn.Linear but {module._get_name()}"
     if any(id(p) in tied for p in module.parameters()):
         return "shares its weight with another module, which would change with it"
@@ -159,7 +162,7 @@ def why_not(module, tied=()):
 
 
 def offers(model, also_train=()):
-    """List the targets that would be accepted: for each layer the shortest end of its path that matches nothing else."""
+    """List targets that would be accepted: for each layer the shortest end of its path that matches nothing else."""
     modules, tied = modules_of(model), tied_parameters(model)
     good = [name for name, module in modules.items() if not is_inside(name, also_train) and not why_not(module, tied)]
     bad, found = modules.keys() - good, {}
@@ -198,7 +201,7 @@ def tied_parameters(model):
 
 
 def heads_of(model, also_train):
-    """The modules that also_train names. Raises InputError for a name that does not exist or a tied module (GPT's head)."""
+    """The modules that also_train names. Raises InputError for an unknown name or a tied module (GPT's head)."""
     modules, tied = modules_of(model), tied_parameters(model)
     for name in also_train:
         if name not in modules:
@@ -209,7 +212,7 @@ def heads_of(model, also_train):
 
 
 def names_for(model, attribute, names):
-    """The names as a list, by default those in the model's own attribute. Raises InputError if they are no such list."""
+    """The names as a list, by default those in the model's own attribute. Raises InputError for anything else."""
     names = files.plain(getattr(model, attribute, ()) if names is None else names)
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise InputError(f"{attribute} must be a list of names, not {files.one_line(repr(names))}")
@@ -236,8 +239,8 @@ def adaptation_of(model, otherwise):
 
 
 def unadapted(model):
-    """The model inside its wrappers. Raises InputError if it is adapted, contains an adapted model or is part of one, or
-    has tensors that cannot be used."""
+    """The model inside its wrappers. Raises InputError if it is adapted, contains an adapted model or is part of one,
+    or has tensors that cannot be used."""
     inner = unwrap(model)
     layers = list(adapters_of(inner))
     models = [name or "the model" for name, module in inner.named_modules() if "adaptation" in vars(module)]
@@ -256,7 +259,7 @@ def check_tensors(model):
         if tensor.is_meta:
             raise InputError(f"{name} is on the meta device, without values: load the weights first")
         if tensor.is_inference():
-            raise InputError(f"{name} was created in inference mode and cannot be trained: build the model outside of it")
+            raise InputError(f"{name} was created in inference mode and cannot be trained: build the model outside it")
 
 
 def install(model, adapters, base, **record):

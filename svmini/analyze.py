@@ -4,9 +4,9 @@ With W0 = U Σ Vᵀ (thin, σ descending) and the update ΔW = W − W0,
 
     C = Uᵀ ΔW V  (D, D)          the update between the base's singular vectors; its diagonal is u_iᵀ ΔW v_i
 
-C is M in SVFT, and has s_i − σ_i on its diagonal in SVFit. For these two methods the figure shows |C_ii| next to σ_i, and
-for banded M also its entries near the diagonal. For the other methods, and for SVFT's random basis, it shows the singular
-values of W0, W and ΔW.
+C is M in SVFT, and has s_i − σ_i on its diagonal in SVFit. For these two methods the figure shows |C_ii| next to σ_i,
+and for banded M also its entries near the diagonal. For the other methods, and for SVFT's random basis, it shows the
+singular values of W0, W and ΔW.
 """
 
 import copy
@@ -37,7 +37,7 @@ rank: the number of singular values of ΔW above the rounding error of float32""
 def analyze(weight, adapter, spectra=True):
     """Compare one weight W0 (d_out, d_in) with its adapter, in float64.
 
-    Returns {"before": σ (D,), "C": |C| (D, D), "size": ‖ΔW‖ / ‖W0‖, "leading": the share of ‖ΔW‖² in C's first quarter}.
+    Returns {"before": σ (D,), "C": |C| (D, D), "size": ‖ΔW‖ / ‖W0‖, "leading": share of ‖ΔW‖² in C's first quarter}.
     spectra adds two SVDs: "after", the singular values of W (D,); "change", those of ΔW, 0 where they are rounding
     errors; and "rank", the number of those that are not.
     """
@@ -144,8 +144,8 @@ def band(C, d):
 
 
 def draw_best(out, rows, base):
-    """After a comparison, draw out/analysis.png for the best SVFT or SVFit row of the first seed, from the adapter file of
-    its run, and print what was drawn. base: the plain model. Does nothing if there is no such row."""
+    """After a comparison, draw out/analysis.png for the best SVFT or SVFit row of the first seed, from the adapter file
+    of its run, and print what was drawn. base: the plain model. Does nothing if there is no such row."""
     first = [r for r in rows if r["seed"] == rows[0]["seed"] and r["metric"] is not None and r["method"] != "zero-shot"
              and trains_diagonal(*parse_spec(r["method"])[:2])]
     if first:

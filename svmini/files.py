@@ -66,8 +66,8 @@ def _feed(digest, value):
 
 
 def plain(value):
-    """A value in the form in which a file can hold it: NumPy's scalars and arrays become Python's, also inside dicts and
-    lists. All else is returned as it is."""
+    """A value in the form in which a file can hold it: NumPy's scalars and arrays become Python's, also inside dicts
+    and lists. All else is returned as it is."""
     if isinstance(value, dict):
         return {plain(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -76,8 +76,8 @@ def plain(value):
 
 
 def save(path, kind, content):
-    """Save a dict of tensors and plain values, its kind ("adapter", "model", or "run" for a checkpoint) and a SHA-256 of
-    all of it. path: a path or a binary file object. Raises InputError for a value that could not be read again."""
+    """Save a dict of tensors and plain values, its kind ("adapter", "model", or "run" for a checkpoint) and a SHA-256
+    of all of it. path: a path or a binary file object. Raises InputError for a value that could not be read again."""
     header = {"kind": f"svmini {kind}", "format": FORMAT, "sha256": sha256_of(content)}
     write_whole(path, lambda file: torch.save(header | {"content": content}, file))
 
@@ -104,8 +104,8 @@ def check(file, kind, path):
         raise InputError(f"{path} holds an {found}, not an svmini {kind}" if found.startswith("svmini ")
                          else f"{path} holds {found}, not an svmini {kind}")
     if file.get("format") != FORMAT:
-        raise InputError(f"{path} has format {file.get('format')}, but this svmini reads format {FORMAT}: write it again, "
-                         "or use the svmini that wrote it")
+        raise InputError(f"{path} has format {file.get('format')}, but this svmini reads format {FORMAT}: write it "
+                         "again, or use the svmini that wrote it")
     if file.get("sha256") != sha256_of(file.get("content")):
         raise InputError(f"{path} is damaged: its SHA-256 is not that of its content")
     return file["content"]

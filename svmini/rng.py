@@ -6,7 +6,7 @@ import torch
 
 
 def generator(*key):
-    """Return a CPU torch.Generator that is seeded with a hash of the key, so that different keys give unrelated streams.
+    """Return a CPU torch.Generator seeded with a hash of the key, so that different keys give unrelated streams.
 
     A key starts with its purpose, followed by the values that the draw depends on: generator("batch", seed, step). Each
     batch is then a function of (data, seed, step), and a resumed run draws the same batches.

@@ -1,8 +1,8 @@
 """python docs/reproduce/merge_rounding.py MODEL ADAPTER: what merge() loses if the base model is in half precision.
 
-MODEL is a base whose values are exact in bf16 (for fp16: in fp16), in a file of any dtype. Prints how large the update is,
-which share of the changed weights rounds back to the base weight, and the error of the merged update. merge(model,
-torch.float32) loses nothing.
+MODEL is a base whose values are exact in bf16 (for fp16: in fp16), in a file of any dtype. Prints the size of the
+update, which share of the changed weights rounds back to the base weight, and the error of the merged update.
+merge(model, torch.float32) loses nothing.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""Shared by the tests of adapting and of adapter files: small models, leaving the initialization, and rejected calls."""
+"""Shared by the tests of adapting and adapter files: small models, leaving the initialization, rejected calls."""
 
 import copy
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from svmini.errors import InputError
 from svmini.methods import parse_spec
 
 TARGETS = ("query", "value")
-FIRST = {"lora": "lora:rank=2", "dora": "dora:rank=2", "vera": "vera:rank=4"}   # the default rank is too large for 16x16
+FIRST = {"lora": "lora:rank=2", "dora": "dora:rank=2", "vera": "vera:rank=4"}   # the default is too large for 16x16
 ONE_EACH = [FIRST.get(method, method) for method in METHODS]      # one spec of every method
 SPECS = [f"{name}:{options.partition('@')[0]}" for name, method in METHODS.items()
          for options in (*method.examples, *method.test_options)]   # all specs of the shared tests

@@ -217,7 +217,7 @@ def test_also_train_names_modules():
     model = Net()
     with rejected(model, "also_train", "'haed'", "did you mean 'head'"):
         adapt(model, "svft", targets=TARGETS, also_train=("haed",))
-    with rejected(model, "value is trained in full because of also_train"):
+    with rejected(model, "value is trained in full by also_train"):
         adapt(model, "svft", targets=TARGETS, also_train=("value",))
     adapt(model, "svft", targets=("query",), also_train=("value", "norm"))
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {

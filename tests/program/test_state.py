@@ -129,4 +129,5 @@ def test_a_model_that_was_moved_in_inference_mode_can_be_saved_but_not_merged(tm
     with pytest.raises(InputError, match="created in inference mode"):
         merge(model)
     with torch.no_grad():
-        assert_close(load_adapter(Net().double(), tmp_path / "a.pt")(noise(5, 16).double()), model(noise(5, 16).double()))
+        x = noise(5, 16).double()
+        assert_close(load_adapter(Net().double(), tmp_path / "a.pt")(x), model(x))
