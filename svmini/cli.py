@@ -42,7 +42,7 @@ def number(low, kind=int, above=False, high=2**62):
         except ValueError:
             value = float("nan")
         if not (value > low if above else value >= low) or value == float("inf") or kind is int and value > high:
-            noun = "a whole number" if kind is int else "a number"
+            noun = "an integer" if kind is int else "a number"
             limited = high < 2**62 or value > high
             bound = f"above {low}" if above else f"from {low} to {high}" if limited else f"of at least {low}"
             raise argparse.ArgumentTypeError(f"must be {noun} {bound}, not {text!r}")

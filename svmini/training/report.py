@@ -23,25 +23,31 @@ def line(row):
     return f"  {row['method']:<36} seed {row['seed']}  {row['trainable_params']:>12,} trainable params  {result}"
 
 
+def reference_of(rows):
+    """Return the method of the differences: REFERENCE, which --targets may have completed."""
+    return next((row["method"] for row in rows if row["method"].partition("@")[0] == REFERENCE), REFERENCE)
+
+
 def summarize(rows):
     """Return one dict per method, in the order of the rows: the values of its first run, and lists over its seeds."""
     methods = {}
     for row in rows:
         methods.setdefault(row["method"], []).append(row)
-    reference, no_gap = {r["seed"]: r["metric"] for r in methods.get(REFERENCE, [])}, gap_problem(rows)
+    reference, no_gap = reference_of(rows), gap_problem(rows)
+    its_metric = {r["seed"]: r["metric"] for r in methods.get(reference, [])}
     table = []
     for spec, runs in methods.items():
         finite = [r for r in runs if r["metric"] is not None]
         lists = {key: [r[key] for r in finite if r[key] is not None]
                  for key in ("gap_recovered", "ms_per_step", "seconds", "peak_mb")}
-        differences = [r["metric"] - reference[r["seed"]] for r in finite if reference.get(r["seed"]) is not None]
+        differences = [r["metric"] - its_metric[r["seed"]] for r in finite if its_metric.get(r["seed"]) is not None]
         table.append({**(finite or runs)[0], "n_runs": len(runs), "n_diverged": len(runs) - len(finite),
                       "metrics": [r["metric"] for r in finite], **lists, **({"gap_recovered": []} if no_gap else {}),
-                      "differences": differences if spec not in (REFERENCE, "zero-shot") else []})
+                      "differences": differences if spec not in (reference, "zero-shot") else []})
     return table
 
 
-def table_lines(table, reference=REFERENCE):
+def table_lines(table, reference):
     """Return a summary as lines of Markdown: trainable parameters, metric, differences and gap recovered of each method.
 
     reference: the method of the differences; None leaves them out, because a single difference is no paired comparison.
@@ -54,7 +60,7 @@ def table_lines(table, reference=REFERENCE):
         diverged = f" ({t['n_diverged']} of {t['n_runs']} diverged)" if t["n_diverged"] else ""
         cells.append([t["method"], f"{t['trainable_params']:,}", spread(t["metrics"], f".{digits}f") + diverged,
                       spread(t["differences"], f"+.{digits}f"), gap_cell(t["gap_recovered"]), mean(t["ms_per_step"])])
-    if reference is None:
+    if not reference:
         cells = [row[:3] + row[4:] for row in cells]
     return markdown(cells, left=("method", "gap recovered"))
 
@@ -77,7 +83,7 @@ def notes(rows, task):
         lines = [f"one base model and one seed: {deviation}. --seeds 3 adds means and paired differences"]
     else:
         lines = [f"mean ± standard deviation over seeds {', '.join(map(str, seeds))} of one base model; {deviation}"]
-        if REFERENCE not in methods:
+        if reference_of(rows) not in methods:
             lines.append(f"Δ is empty: it needs the row {REFERENCE}, so add it to --methods")
     problem, start = gap_problem(rows), "zero-shot" if "zero-shot" in methods else "head"
     lines.append(f"gap recovered is empty: {problem}" if problem else
@@ -135,7 +141,7 @@ def write(out, rows, task, train_kwargs, device_config, base_metadata, lr_sweep=
     content = {**metadata, "rows": bare, "lr_sweep": lr_sweep}
     files.write_text(Path(out) / "results.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     table, remarks = summarize(rows), notes(rows, task.name)
-    lines = table_lines(table, REFERENCE if len({row["seed"] for row in rows}) > 1 else None)
+    lines = table_lines(table, reference_of(rows) if len({row["seed"] for row in rows}) > 1 else None)
     info = [f"- {key}: {value.get('result', value) if key == 'base' else value}" for key, value in metadata.items()]
     files.write_text(Path(out) / "results.md", "\n".join([
         f"# {task.name}", "", *lines, "", *cost_lines(table), "", *(f"- {n}" for n in remarks), "", *info, ""]))

@@ -95,7 +95,7 @@ def test_the_log_has_no_line_twice_and_no_line_after_its_checkpoint(tmp_path):
     """After a kill between an evaluation and the next checkpoint, the log is ahead of the checkpoint."""
     def killed(size, seed, step):
         if step == 8:
-            raise SystemError("stands for a kill")
+            raise SystemError("simulates a kill")
         return walk(size, seed, step)
 
     train(tiny_gpt(), Toy(), CONFIG, CPU, run_folder(tmp_path / "uninterrupted", eval_every=1))
@@ -211,7 +211,7 @@ def test_a_finished_run_without_its_result_file_is_trained_again_and_a_damaged_f
 # ---- killed ----
 
 class Killed(BaseException):
-    """Stands for a kill: no `except Exception` may catch it."""
+    """Simulates a kill: no `except Exception` may catch it."""
 
 
 SHORT = replace(CONFIG, steps=6, lr=0.05)

@@ -28,7 +28,7 @@ def cells(lines, method):
 
 
 def table_of(rows):
-    return report.table_lines(report.summarize(rows), report.REFERENCE if len({r["seed"] for r in rows}) > 1 else None)
+    return report.table_lines(report.summarize(rows), len({r["seed"] for r in rows}) > 1 and report.reference_of(rows))
 
 
 def filled(rows):
@@ -75,7 +75,9 @@ def test_an_empty_difference_column_is_explained():
     rows = [r for r in THREE_SEEDS if r["method"] != "lora:rank=8"]
     assert cells(table_of(rows), "svfit")[DELTA] == "-"
     assert any("Δ is empty: it needs the row lora:rank=8" in note for note in report.notes(rows, "x"))
-    assert not any("Δ is empty" in note for note in report.notes(THREE_SEEDS, "x"))
+    with_targets = rows + [r | {"method": "lora:rank=8@query"} for r in THREE_SEEDS if r["method"] == "lora:rank=8"]
+    assert cells(table_of(with_targets), "svfit")["Δ vs lora:rank=8@query (paired)"] == "+3.0 ± 1.0"
+    assert not any("Δ is empty" in note for r in (THREE_SEEDS, with_targets) for note in report.notes(r, "x"))
 
 
 @pytest.mark.parametrize("higher, metrics, gaps", [
