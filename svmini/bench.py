@@ -201,9 +201,9 @@ def command(argv):
     p = Parser("-m svmini.bench", "Measure what a training step of each method costs.")
     a = p.add_argument
     a("--model", default="tiny", choices=tuple(MODELS), help="shape of the blocks (default: tiny)")
-    a("--layers", type=number(1), metavar="N", help="number of blocks (default: by --model)")
-    a("--batch", type=number(1), metavar="N", help="sequences per batch (default: by --model)")
-    a("--tokens", type=number(1), metavar="N", help="tokens per sequence (default: by --model)")
+    a("--layers", type=number(1), metavar="N", help="number of blocks (default: depends on --model)")
+    a("--batch", type=number(1), metavar="N", help="sequences per batch (default: depends on --model)")
+    a("--tokens", type=number(1), metavar="N", help="tokens per sequence (default: depends on --model)")
     a("--methods", nargs="+", default=SPECS, metavar="SPEC", help="method specs, or all (default: the main methods)")
     a("--targets", type=names, metavar="A,B", help="layers to adapt, for specs without targets (default: all)")
     a("--rounds", type=number(2), default=5, metavar="N", help="rounds, which time every row once each (default: 5)")

@@ -109,7 +109,7 @@ def training_parser(command, description, data):
     a = p.add_argument
     names = " | ".join(data)
     a("--data", default=default, type=one_of(data), metavar="NAME", help=f"dataset: {names} (default: {default})")
-    a("--data-dir", metavar="DIR", help="folder of real datasets, for downloads too (default: data; images: none)")
+    a("--data-dir", metavar="DIR", help="folder of downloaded datasets (default: data for text, none for images)")
     a("--out", metavar="DIR", help="folder for the results (default: out/MODEL-DATA)")
     add_device(p)
     a("--compile", action="store_true", help="compile the training steps with torch.compile (default: off)")
@@ -118,8 +118,8 @@ def training_parser(command, description, data):
     a("--batch-size", type=number(1), metavar="N", help="examples per step (default: depends on --data)")
     a("--grad-accum-steps", type=number(1), metavar="N",
       help="split each batch into N micro-batches to save memory (default: 1)")
-    a("--save-every", type=number(0), default=0, metavar="N", help="steps between checkpoints (default: 0, at the end)")
-    a("--eval-every", type=number(0), default=0, metavar="N", help="steps between validations (default: 0, at the end)")
+    for flag, what in (("--save-every", "checkpoints"), ("--eval-every", "evaluations on validation data")):
+        a(flag, type=number(0), default=0, metavar="N", help=f"steps between {what} (default: 0, only after the last)")
     a("--resume", action="store_true", help="continue what the same command began in --out (default: start again)")
     return p
 
@@ -133,11 +133,12 @@ def adapting_parser(command, description, data, weights):
     base, lrs = (p.add_mutually_exclusive_group() for _ in range(2))
     a("--methods", nargs="+", type=method_spec, metavar="SPEC",
       help="method specs to compare; all adds every method's examples (default: the main methods)")
-    a("--quick", action="store_true", help="smoke test: fewer steps, and few methods unless --methods (default: off)")
+    a("--quick", action="store_true",
+      help="smoke test: fewer steps, and fewer methods unless --methods is given (default: off)")
     base.add_argument("--init", type=utf8, metavar="MODEL",
                       help=f"base model: a file or {weights} (default: pretrain one)")
-    base.add_argument("--base-data", type=utf8, metavar="NAME",
-                      help="dataset for pretraining the base model when --init is not given (default: by --data)")
+    base.add_argument("--base-data", type=utf8, metavar="NAME", help=(
+        "dataset for pretraining the base model when --init is not given (default: depends on --data)"))
     lrs.add_argument("--lr", type=number(0, float, True), metavar="X",
                      help="learning rate of every method (default: tuned for each method)")
     lrs.add_argument("--lr-sweep", type=number(1, high=100), metavar="N",
