@@ -1,21 +1,15 @@
-"""Write the tables and figures of docs/evidence.md from docs/data.
+"""The tables and figures of docs/evidence.md; docs/reproduce/tables.py writes them.
 
-    python docs/reproduce/evidence.py            # rewrite the generated blocks of docs/evidence.md and docs/evidence_*.png
-
-A block begins with <!-- generated: NAME --> and ends with <!-- end -->. The statistics are those of
-docs/reproduce/hypotheses.md: seeds are averaged within a base, tests are paired t-tests over bases, and the eight
-confirmatory comparisons are corrected by Holm's method.
+The statistics are those of docs/reproduce/hypotheses.md: seeds are averaged within a base, tests are paired t-tests over
+bases, and Holm's method corrects the eight confirmatory comparisons.
 """
 
-import argparse
-import csv
 import math
-import re
 import statistics
-from pathlib import Path
 
-DOCS = Path(__file__).resolve().parents[1]
-GREY = "#808080"   # readable on light and on dark pages
+from figures import GRAY, gray_axes
+from measurements import holm, markdown, t_p_value, t_quantile
+
 N_BASES = 10
 SEEDS_PER_BASE = {"movie reviews": 1}   # the others have 2
 ARITHMETIC = "arithmetic, 300 steps"
@@ -59,30 +53,6 @@ EXPLORATORY = [
 ]
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", type=Path, default=DOCS / "data", help="folder of evidence_*.csv (docs/data)")
-    p.add_argument("--docs", type=Path, default=DOCS, help="folder of evidence.md and of the figures (docs)")
-    flags = p.parse_args(argv)
-    runs, sweeps = read(flags.data / "evidence_runs.csv"), read(flags.data / "evidence_sweeps.csv")
-    curves = read(flags.data / "evidence_curves.csv")
-    page = flags.docs / "evidence.md"
-    blocks = make_blocks(runs, sweeps)
-    page.write_text(fill(page.read_text(encoding="utf-8"), blocks), encoding="utf-8")
-    draw_differences(flags.docs / "evidence_differences.png", runs)
-    if curves:
-        draw_curves(flags.docs / "evidence_curves.png", curves)
-    print("\n\n".join("\n".join(block) for block in blocks.values()))
-
-
-def read(path):
-    """Return the lines of a CSV file as dicts; none if it does not exist."""
-    if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def means(runs, task):
     """Return {method: {base: mean metric over seeds}} of one task, for the bases that have all their seeds."""
     values, seeds = {}, SEEDS_PER_BASE.get(task, 2)
@@ -114,51 +84,6 @@ def compare(runs, task, row, other):
     return {"n": n, "mean": mean, "deviation": deviation, "low": mean - half, "high": mean + half, "p": p}
 
 
-def t_p_value(t, df):
-    """Return the two-sided p-value of Student's t with an integer number of degrees of freedom.
-
-    The finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4.
-    """
-    theta = math.atan(abs(t) / math.sqrt(df))
-    sin, cos = math.sin(theta), math.cos(theta)
-    term = total = 1.0 if df % 2 == 0 else cos
-    for j in range(2 if df % 2 == 0 else 3, df, 2):
-        term *= cos * cos * (j - 1) / j
-        total += term
-    if df % 2 == 0:
-        inside = sin * total
-    else:
-        inside = 2 / math.pi * (theta + (sin * total if df > 1 else 0))
-    return max(0.0, 1 - inside)
-
-
-def t_quantile(p, df):
-    """Return the t with this two-sided p-value, by bisection."""
-    low, high = 0.0, 1e4
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_p_value(middle, df) > p else (low, middle)
-    return high
-
-
-def holm(p_values):
-    """Return Holm's adjusted p-values, in the order of the given ones."""
-    adjusted, largest, m = [0.0] * len(p_values), 0.0, len(p_values)
-    for rank, i in enumerate(sorted(range(m), key=lambda i: p_values[i])):
-        largest = max(largest, min(1.0, (m - rank) * p_values[i]))
-        adjusted[i] = largest
-    return adjusted
-
-
-def make_blocks(runs, sweeps):
-    """Return {name: lines of Markdown}."""
-    blocks = {"confirmatory": confirmatory_table(runs), "exploratory": exploratory_table(runs)}
-    for key, task, references in (("glyphs", "glyphs", (LORA, "full")), ("arithmetic", ARITHMETIC, (LORA, "full")),
-                                  ("arithmetic-900", LONG, ()), ("reviews", REVIEWS, ("head", "full"))):
-        blocks[key] = task_table(runs, task, references)
-    return blocks | {"one-run": one_run_table(runs), "sweeps": sweep_table(sweeps)}
-
-
 def confirmatory_table(runs):
     found = [compare(runs, task, row, other) for task, _, row, other in CONFIRMATORY]
     complete = [c is not None and c["n"] == N_BASES for c in found]
@@ -166,7 +91,7 @@ def confirmatory_table(runs):
     cells = [["#", "task", "difference", "mean", "95 % interval", "deviation", "n", "p", "p (Holm)"]]
     for i, ((task, what, _, _), c, ok, p) in enumerate(zip(CONFIRMATORY, found, complete, adjusted), 1):
         cells.append([str(i), task, what, *statistics_cells(c), p_text(p) if ok else "incomplete: 1"])
-    return markdown(cells, left=3)
+    return markdown(cells[0], cells[1:], 3)
 
 
 def exploratory_table(runs):
@@ -175,7 +100,7 @@ def exploratory_table(runs):
         c = compare(runs, task, row, other)
         if c is not None:
             cells.append([task, what, *statistics_cells(c)])
-    return markdown(cells, left=2) if len(cells) > 1 else ["*Not run.*"]
+    return markdown(cells[0], cells[1:], 2) if len(cells) > 1 else ["*Not run.*"]
 
 
 def statistics_cells(c):
@@ -202,7 +127,7 @@ def task_table(runs, task, references):
         cells.append([method, f"{int(first['trainable_params']):,}", f"{float(first['lr']):g}", spread(values),
                       str(len(values)), *(interval(compare(runs, task, method, reference)) if method != reference else "-"
                                           for reference in references)])
-    return markdown(cells, left=1)
+    return markdown(cells[0], cells[1:], 1)
 
 
 def spread(values):
@@ -229,7 +154,7 @@ def one_run_table(runs):
         paired = [single_deviation({key: single[a][key] - single[b][key] for key in single[a].keys() & single[b].keys()})
                   for i, a in enumerate(methods) for b in methods[i + 1:]]
         cells.append([task, *(f"{f(values):.1f}" for values in (metric, paired) for f in (statistics.median, max))])
-    return markdown(cells, left=1)
+    return markdown(cells[0], cells[1:], 1)
 
 
 def single_deviation(values):
@@ -252,20 +177,7 @@ def sweep_table(sweeps):
             best = max(full, key=lambda lr: (full[lr], -lr))
             listed = ", ".join(f"**{lr:g}: {v:.1f}**" if lr == best else f"{lr:g}: {v:.1f}" for lr, v in full.items())
             cells.append([task if width in ("128", "384") else f"{task}, width {width}", f"`{method}`", listed])
-    return markdown(cells, left=3)
-
-
-def markdown(cells, left):
-    """Return Markdown lines of a table; the first `left` columns are aligned to the left."""
-    rule = ["---" if i < left else "---:" for i in range(len(cells[0]))]
-    return ["| " + " | ".join(row) + " |" for row in (cells[0], rule, *cells[1:])]
-
-
-def fill(text, blocks):
-    """Return the page with its generated blocks replaced. Raises KeyError for a block that does not exist."""
-    def block(match):
-        return "\n".join([match[1], *blocks[match[2]], "<!-- end -->"])
-    return re.sub(r"(<!-- generated: ([\w-]+) -->)\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+    return markdown(cells[0], cells[1:], 3)
 
 
 def draw_differences(path, runs):
@@ -285,11 +197,11 @@ def draw_differences(path, runs):
         for y, (_, _, c, confirmatory) in enumerate(entries):
             axes.errorbar(c["mean"], y, xerr=[[c["mean"] - c["low"]], [c["high"] - c["mean"]]], marker="o", capsize=3,
                           color="C0", fillstyle="full" if confirmatory else "none")
-        axes.axvline(0, color=GREY, linewidth=1)
+        axes.axvline(0, color=GRAY, linewidth=1)
         axes.set_yticks(range(len(entries)), [what for _, what, _, _ in entries])
         axes.set_ylim(-0.7, len(entries) - 0.3)
-        axes.set_title(f"{task}: difference in points, 95 % interval (filled: confirmatory)", color=GREY, fontsize="medium")
-        grey(axes)
+        axes.set_title(f"{task}: difference in points, 95 % interval (filled: confirmatory)", color=GRAY, fontsize="medium")
+        gray_axes(axes)
     figure.savefig(path, dpi=120, transparent=True, metadata={"Software": None})
 
 
@@ -305,19 +217,27 @@ def draw_curves(path, curves):
         for j, points in enumerate(bases.values()):
             x, y = zip(*sorted(points))
             axes.plot(x, y, color=f"C{i}", linewidth=0.8, label=None if j else method)
-    axes.set_xlabel("step", color=GREY)
-    axes.set_ylabel("validation problems solved, percent", color=GREY)
-    axes.legend(frameon=False, labelcolor=GREY)
-    grey(axes)
+    axes.set_xlabel("step", color=GRAY)
+    axes.set_ylabel("validation problems solved, percent", color=GRAY)
+    axes.legend(frameon=False, labelcolor=GRAY)
+    gray_axes(axes)
     figure.savefig(path, dpi=120, transparent=True, metadata={"Software": None})
 
 
-def grey(axes):
-    """Give the axes a color that is readable on light and on dark pages."""
-    axes.tick_params(which="both", colors=GREY)
-    for spine in axes.spines.values():
-        spine.set_color(GREY)
+def draw(folder, data):
+    """Draw docs/evidence_*.png."""
+    draw_differences(folder / "evidence_differences.png", data["evidence_runs"])
+    if "evidence_curves" in data:
+        draw_curves(folder / "evidence_curves.png", data["evidence_curves"])
 
 
-if __name__ == "__main__":
-    main()
+TABLES = {
+    "evidence_confirmatory": lambda data: confirmatory_table(data["evidence_runs"]),
+    "evidence_exploratory": lambda data: exploratory_table(data["evidence_runs"]),
+    "evidence_glyphs": lambda data: task_table(data["evidence_runs"], "glyphs", (LORA, "full")),
+    "evidence_arithmetic": lambda data: task_table(data["evidence_runs"], ARITHMETIC, (LORA, "full")),
+    "evidence_arithmetic_900": lambda data: task_table(data["evidence_runs"], LONG, ()),
+    "evidence_reviews": lambda data: task_table(data["evidence_runs"], REVIEWS, ("head", "full")),
+    "evidence_one_run": lambda data: one_run_table(data["evidence_runs"]),
+    "evidence_sweeps": lambda data: sweep_table(data["evidence_sweeps"]),
+}

@@ -4,6 +4,7 @@ import hashlib
 
 from measurements import BAND_2, BAND_8, GLYPHS, PLAIN, RANDOM_BASIS, parameters, score
 
+GRAY = "#808080"   # readable on light and on dark pages
 FIGURES = {   # file: {curve: specs}
     "curves.png": {"full": ["full"], "svft": [PLAIN, BAND_2, BAND_8, "svft:off_diagonals=32"],
                    "lora": ["lora:rank=1", "lora:rank=2", "lora:rank=8", "lora:rank=32"],
@@ -28,24 +29,27 @@ def digest(data, name):
 
 
 def draw(path, data):
-    """Accuracy on glyphs over trainable parameters, in colors that read on a light and on a dark page."""
+    """Accuracy on glyphs over trainable parameters, in colors that can be read on light and on dark pages."""
     from matplotlib.figure import Figure
-    gray = "#808080"
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     curves = points(data, path.name)
     ((_, probe, _),) = curves.pop("head")
-    axes.axhline(probe, color=gray, linestyle=":", linewidth=1)
-    axes.annotate("linear probe", (0.01, probe), xycoords=("axes fraction", "data"), va="bottom", color=gray)
+    axes.axhline(probe, color=GRAY, linestyle=":", linewidth=1)
+    axes.annotate("linear probe", (0.01, probe), xycoords=("axes fraction", "data"), va="bottom", color=GRAY)
     for i, (name, curve) in enumerate(curves.items()):
         x, y, deviation = zip(*curve)
         axes.errorbar(x, y, yerr=deviation, label=name, color=f"C{i}", marker="osD^v"[i], fillstyle="none", capsize=3,
                       linewidth=1)
     axes.set_xscale("log")
-    axes.set_xlabel("trainable parameters, without the head", color=gray)
-    axes.set_ylabel("test accuracy, %", color=gray)
-    axes.tick_params(which="both", colors=gray)
-    for spine in axes.spines.values():
-        spine.set_color(gray)
-    axes.legend(frameon=False, labelcolor=gray)
+    axes.set_xlabel("trainable parameters, without the head", color=GRAY)
+    axes.set_ylabel("test accuracy, %", color=GRAY)
+    gray_axes(axes)
+    axes.legend(frameon=False, labelcolor=GRAY)
     figure.savefig(path, dpi=120, transparent=True, metadata={"Description": digest(data, path.name)})
+
+
+def gray_axes(axes):
+    axes.tick_params(which="both", colors=GRAY)
+    for spine in axes.spines.values():
+        spine.set_color(GRAY)

@@ -7,6 +7,7 @@ otherwise.
 """
 
 import csv
+import math
 import statistics
 from collections import defaultdict, namedtuple
 from pathlib import Path
@@ -14,8 +15,6 @@ from pathlib import Path
 DATA = Path(__file__).parents[1] / "data"
 XEON, EPYC = "Intel Xeon, 1 thread", "AMD EPYC, 1 thread"
 DIGITS = {"loss": 3}   # of a metric; others: 1
-# Student's t, two-sided p = 0.05, for 1 to 9 degrees of freedom
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 PLAIN, BAND_2, BAND_8 = "svft:pattern=plain", "svft:off_diagonals=2", "svft:off_diagonals=8"
 RANDOM_BASIS = ",basis=random"   # appended to a spec of svft
@@ -107,7 +106,7 @@ def gap_recovered(data, where, method):
 def significant(difference):
     """Whether a paired t-test over bases or draws, two-sided and not corrected, gives p < 0.05."""
     value, deviation, n, unit, _ = difference
-    return bool(unit != "seeds" and deviation and abs(value) / deviation * n**0.5 > T_95[n - 2])
+    return bool(unit != "seeds" and deviation and t_p_value(value / deviation * n**0.5, n - 1) < 0.05)
 
 
 def cell(mean, signed=False):
@@ -117,3 +116,46 @@ def cell(mean, signed=False):
     text = f"{mean.value:{'+' if signed else ''}.{mean.digits}f}"
     text += "" if mean.deviation is None else f" ± {mean.deviation:.{mean.digits}f}"
     return f"**{text}**" if signed and significant(mean) else text
+
+
+def markdown(header, rows, left=1):
+    """Rows of cells as lines of Markdown; all columns after the first `left` are aligned to the right."""
+    rule = "|" + "---|" * left + "---:|" * (len(header) - left)
+    header, *lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
+    return [header, rule, *lines]
+
+
+def t_p_value(t, df):
+    """Return the two-sided p-value of Student's t with an integer number of degrees of freedom.
+
+    The finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4.
+    """
+    theta = math.atan(abs(t) / math.sqrt(df))
+    sin, cos = math.sin(theta), math.cos(theta)
+    term = total = 1.0 if df % 2 == 0 else cos
+    for j in range(2 if df % 2 == 0 else 3, df, 2):
+        term *= cos * cos * (j - 1) / j
+        total += term
+    if df % 2 == 0:
+        inside = sin * total
+    else:
+        inside = 2 / math.pi * (theta + (sin * total if df > 1 else 0))
+    return max(0.0, 1 - inside)
+
+
+def t_quantile(p, df):
+    """Return the t with this two-sided p-value, by bisection."""
+    low, high = 0.0, 1e4
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_p_value(middle, df) > p else (low, middle)
+    return high
+
+
+def holm(p_values):
+    """Return Holm's adjusted p-values, in the order of the given ones."""
+    adjusted, largest, m = [0.0] * len(p_values), 0.0, len(p_values)
+    for rank, i in enumerate(sorted(range(m), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (m - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted

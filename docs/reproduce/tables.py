@@ -6,9 +6,10 @@ figures are drawn again if matplotlib is installed. tests/program/test_docs.py r
 
 import re
 
+import evidence
 import figures
 from measurements import (BAND_2, BAND_8, BASES, DATA, EPYC, GLYPHS, PLAIN, RANDOM_BASIS, XEON, cell,
-                          difference, gap_recovered, parameters, read, runs_of, score, select)
+                          difference, gap_recovered, markdown, parameters, read, runs_of, score, select)
 
 RANDOM_PLACES = "svft:pattern=random,off_diagonals=0"
 SQUARE = "@query,key,value,out"
@@ -22,13 +23,6 @@ PARAMETERS = ["head", "full", "svfit:rank=8", "svfit:rank=32", PLAIN, BAND_2, BA
 CONTROL_ROWS = {   # M: the spec between singular vectors, and the random mask of as many parameters
     "plain": (PLAIN, "random_mask:off_diagonals=0"), "rank D/4, banded 8": ("svft:rank=32,off_diagonals=8", None),
     "banded 2": (BAND_2, "random_mask:off_diagonals=2"), "banded 8": (BAND_8, "random_mask:off_diagonals=8")}
-
-
-def markdown(header, rows, left=1):
-    """Rows of cells as lines of Markdown; all columns after the first `left` are aligned to the right."""
-    rule = "|" + "---|" * left + "---:|" * (len(header) - left)
-    header, *lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
-    return [header, rule, *lines]
 
 
 def comparison(data, where, methods, baselines=("lora:rank=8",), more=()):
@@ -190,7 +184,7 @@ TABLES = {
         data, GLYPHS, [*(BAND_2 + t for t in ("@query,value", "@query,key,value", SQUARE, "@up,down")), BAND_2],
         baselines=(BAND_2,)),
     "control": control, "pairing": pairing, "weight_changes": weight_changes, "bases": bases,
-    "pretraining": pretraining, "rank_band": rank_band, "cost": cost,
+    "pretraining": pretraining, "rank_band": rank_band, "cost": cost, **evidence.TABLES,
 }
 
 
@@ -211,6 +205,7 @@ def main():
     try:
         for name in figures.FIGURES:
             figures.draw(DATA.parent / name, data)
+        evidence.draw(DATA.parent, data)
     except ImportError:
         print("The figures were not drawn: pip install matplotlib.")
 
