@@ -37,6 +37,7 @@ EXPLORATORY = [
     ("glyphs", "banded 8 − random positions", BANDED8, POSITIONS8),
     ("glyphs", "banded 2 − random mask", BANDED2, MASK2),
     ("glyphs", "banded 8 − full fine-tuning", BANDED8, "full"),
+    ("glyphs", "banded 2 − VeRA rank 256", BANDED2, VERA),
     ("glyphs", "VeRA rank 256 − LoRA rank 8", VERA, LORA),
     ("glyphs", "VeRA rank 256 − full fine-tuning", VERA, "full"),
     *((task, what, row, other) for task in (ARITHMETIC, LONG) for what, row, other in (
@@ -59,8 +60,9 @@ def means(runs, task):
     for r in runs:
         if name_of(r) == task:
             values.setdefault(r["method"], {}).setdefault(int(r["base"]), []).append(float(r["metric"]))
-    return {method: {base: statistics.mean(found) for base, found in bases.items() if len(found) == seeds}
-            for method, bases in values.items()}
+    complete = {method: {base: statistics.mean(found) for base, found in bases.items() if len(found) == seeds}
+                for method, bases in values.items()}
+    return {method: bases for method, bases in complete.items() if bases}
 
 
 def name_of(r):
@@ -118,7 +120,7 @@ def p_text(p):
 def task_table(runs, task, references):
     """Return a row for each method: parameters, learning rate, mean ± deviation over bases, differences."""
     lines, found = [r for r in runs if name_of(r) == task], means(runs, task)
-    if not lines:
+    if not found:
         return ["*Not run.*"]
     cells = [["method", "trainable params", "lr", f"{lines[0]['metric_name']}", "n",
               *(f"Δ vs {reference}" for reference in references)]]
