@@ -53,13 +53,15 @@ def compare_methods(argv):
         base, metadata = model_file.load_base(flags.init, GPT, flags.n_head)
         metadata = metadata | {"tokenizer": model_file.tokenizer_of_model(base, metadata, flags.init)}
     else:
-        base, base_task, metadata = new_base(flags, flags.base_data or default_base(kind), device_config)
+        default = "arithmetic" if kind == "arithmetic" else "stdlib"
+        base, base_task, metadata = new_base(flags, flags.base_data or default, device_config)
     device_config = prepare_device(device_config, base)
     specs = flags.methods or (QUICK if flags.quick else MAIN)
     if specs == ["all"]:
         specs = compare.all_specs(MAIN, base, flags.targets)
-    learning_rates = compare.plan(specs, base, flags.targets, tuned_learning_rates(kind, metadata["published"]),
-                                  flags.lr)                                    # a spec that does not fit fails here
+    # question-answer pairs have the learning rates of text
+    tuned = LEARNING_RATES["published" if metadata["published"] else "arithmetic" if kind == "arithmetic" else "text"]
+    learning_rates = compare.plan(specs, base, flags.targets, tuned, flags.lr)   # a spec that does not fit fails here
     print(compare.describe_targets(base, flags.targets))
     task = open_task(flags, kind, source, base.config, metadata["tokenizer"], device_config)
     if not flags.init:
@@ -68,26 +70,10 @@ def compare_methods(argv):
         base, metadata = pretrain.pretrain(base, base_task, config, device_config, out / "pretrain", metadata,
                                            **cli.saving(flags))
     quick = {"steps": ADAPT[kind]["steps"] // 2} if flags.quick else {}
-    train_kwargs = ADAPT[kind] | quick | cli.training_flags(flags)
-    seeds = range(flags.seed, flags.seed + flags.seeds)
-    if not flags.resume:
-        compare.delete_runs(learning_rates, seeds, out)
-    sweep = None
-    if flags.lr_sweep:
-        sweep = compare.lr_sweep(learning_rates, base, task, train_kwargs | {"seed": flags.seed}, device_config, out,
-                                 flags.lr_sweep, flags.resume)
-        print(f"learning rates by {task.metric} on validation data:", *report.lr_sweep_lines(sweep), sep="\n")
-        learning_rates = {spec: sweep[spec]["best"] or lr for spec, lr in learning_rates.items()}
-    rows = [compare.zero_shot_row(base, task, flags.seed, device_config)]
-    print(report.line(rows[0]))
-    for seed in seeds:
-        for spec, lr in learning_rates.items():
-            config = TrainConfig(lr=lr, seed=seed, **train_kwargs)
-            rows.append(compare.run(spec, base, task, config, device_config, out, base_metadata=metadata,
-                                    metadata={"data": task.name}, **cli.saving(flags)))
-            print(report.line(rows[-1]))
-    compare.fill_gap_recovered(rows)
-    report.write(out, rows, task, train_kwargs, device_config, metadata, sweep)
+    rows, _ = compare.run_all(
+        learning_rates, range(flags.seed, flags.seed + flags.seeds), base, lambda seed: task,
+        ADAPT[kind] | quick | cli.training_flags(flags), device_config, out, base_metadata=metadata, metadata={},
+        n_lrs=flags.lr_sweep, **cli.saving(flags))
     analyze.draw_best(out, rows, base)
     if flags.quick:
         print(report.SMOKE_TEST)
@@ -129,16 +115,6 @@ def pretraining_flags(argv):
 def kind_of(data):
     """Return "text", "arithmetic" or "pairs": the kind of a dataset, which determines its task."""
     return "arithmetic" if data == "arithmetic" else "pairs" if data == "gsm8k" or data.startswith("qa:") else "text"
-
-
-def default_base(kind):
-    """Return the dataset for pretraining a base model when neither --init nor --base-data is given."""
-    return "arithmetic" if kind == "arithmetic" else "stdlib"
-
-
-def tuned_learning_rates(kind, published):
-    """Return {method spec: learning rate} for a kind of data, or for a base model with published weights."""
-    return LEARNING_RATES["published" if published else "arithmetic" if kind == "arithmetic" else "text"]
 
 
 def open_source(flags, kind):

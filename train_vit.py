@@ -45,8 +45,9 @@ def compare_methods(argv):
     specs = flags.methods or (QUICK if flags.quick else MAIN)
     if specs == ["all"]:
         specs = compare.all_specs(MAIN, base, flags.targets)
-    learning_rates = compare.plan(specs, base, flags.targets, tuned_learning_rates(flags.data, metadata["published"]),
-                                  flags.lr, flags.head_lr)                     # a spec that does not fit fails here
+    tuned = (LEARNING_RATES["published"] if metadata["published"] else
+             LEARNING_RATES["glyphs"] | LEARNING_RATES.get(flags.data, {}))
+    learning_rates = compare.plan(specs, base, flags.targets, tuned, flags.lr, flags.head_lr)   # a bad spec fails here
     print(compare.describe_targets(base, flags.targets))
     if not flags.init:
         config = replace(PRETRAIN, steps=PRETRAIN.steps // (4 if flags.quick else 1), seed=flags.seed)
@@ -54,24 +55,13 @@ def compare_methods(argv):
                                            **cli.saving(flags))
     base.reset_classifier(len(source.classes))
     train_kwargs = ADAPT | ({"steps": ADAPT["steps"] // 2} if flags.quick else {}) | cli.training_flags(flags)
-    seeds = range(flags.seed, flags.seed + flags.seeds)
-    if not flags.resume:
-        compare.delete_runs(learning_rates, seeds, out)
-    rows, sweep = [], None
-    for seed in seeds:
-        task = ImageClassification(source, seed, base.config, device_config.device, not flags.no_augment)
-        if seed == flags.seed and flags.lr_sweep:
-            sweep = compare.lr_sweep(learning_rates, base, task, train_kwargs | {"seed": seed}, device_config, out,
-                                     flags.lr_sweep, flags.resume)
-            print(f"learning rates by {task.metric} on validation images:", *report.lr_sweep_lines(sweep), sep="\n")
-            learning_rates = {spec: sweep[spec]["best"] or lr for spec, lr in learning_rates.items()}
-        for spec, lr in learning_rates.items():
-            config = TrainConfig(lr=lr, seed=seed, **train_kwargs)
-            rows.append(compare.run(spec, base, task, config, device_config, out, base_metadata=metadata,
-                                    metadata=adapter_metadata(task, base, flags.seed), **cli.saving(flags)))
-            print(report.line(rows[-1]))
-    compare.fill_gap_recovered(rows)
-    report.write(out, rows, task, train_kwargs, device_config, metadata, sweep)
+    metadata_of_adapters = {   # with which svmini.predict finds the images and names the classes
+        "data_seed": flags.seed, "image_size": base.config.image_size, "classes": source.classes}
+    rows, task = compare.run_all(
+        learning_rates, range(flags.seed, flags.seed + flags.seeds), base,
+        lambda seed: ImageClassification(source, seed, base.config, device_config.device, not flags.no_augment),
+        train_kwargs, device_config, out, base_metadata=metadata, metadata=metadata_of_adapters, n_lrs=flags.lr_sweep,
+        **cli.saving(flags))
     analyze.draw_best(out, rows, base)
     save_predictions(out, task, rows)
     if flags.quick:
@@ -115,11 +105,6 @@ def pretraining_flags(argv):
     return cli.pretraining_parser("train_vit.py", "Train a ViT from scratch.", DATA, **sizes).parse_args(argv)
 
 
-def tuned_learning_rates(data, published):
-    """Return {method spec: learning rate} for a dataset, or for a base model with published weights."""
-    return LEARNING_RATES["published"] if published else LEARNING_RATES["glyphs"] | LEARNING_RATES.get(data, {})
-
-
 def open_adaptation_images(flags):
     """Open the images to adapt to. --data glyphs means two datasets: A for pretraining, B for adaptation."""
     if flags.data == "glyphs":
@@ -140,11 +125,6 @@ def new_base(flags, data, device_config, sizes=None):
     model = ViT(config)
     metadata = {"data": source.name, "data_seed": flags.seed, "classes": source.classes, "published": False}
     return model, ImageClassification(source, flags.seed, config, device_config.device), metadata
-
-
-def adapter_metadata(task, base, data_seed):
-    """Return the metadata of an adapter file, with which svmini.predict finds the images and names the classes."""
-    return {"data": task.name, "data_seed": data_seed, "image_size": base.config.image_size, "classes": task.classes}
 
 
 def save_predictions(out, task, rows):

@@ -44,12 +44,12 @@ def command(argv):
 
 def read_results(path):
     """Return the content of a results.json. Raises InputError if the file is something else."""
+    if not Path(path).is_file():
+        raise InputError(f"there is no file {path}: give the results.json of a comparison")
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         good = content["rows"] and all(ROW_KEYS <= row.keys() and isinstance(row["metric"], int | float | None)
                                        for row in content["rows"])
-    except FileNotFoundError:
-        raise InputError(f"there is no file {path}: give the results.json of a comparison") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         good = False
     if not good:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from . import files
 from .adapter_file import load_adapter
 from .adapting import adapters_of, unwrap
 from .cli import Parser, add_model, run_command
@@ -24,10 +23,8 @@ from .methods import parse_spec
 from .methods.svd import thin_svd
 from .model_file import load_any, with_adapter
 from .training.compare import run_path
-from .training.report import markdown
+from .training.report import figure, markdown
 
-STYLE = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "text.color"), "#808080") | {
-    "legend.frameon": False, "legend.fontsize": "small"}   # a gray that is readable on light and dark pages
 NOTES = """σ: the largest, median and smallest singular value
 leading quarter: ‖U_kᵀ ΔW V_k‖² / ‖ΔW‖² for the k = D/4 leading directions of the base; in a square matrix it is 6 % if
 ΔW prefers no direction, 25 % if ΔW is spread evenly along the diagonal
@@ -96,17 +93,13 @@ def table_lines(layers):
 
 def draw(path, layers, method, options):
     """Write the figure as a PNG: one column per target, means over its layers. Returns False without matplotlib."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure   # not pyplot, which would switch the backend of a notebook
-    except ImportError:
-        return False
     groups, diagonal = by_target(layers), trains_diagonal(method, options)
     d = options.get("off_diagonals", 0) if diagonal and options.get("pattern") == "banded" else 0
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(1.2 + 2.4 * len(groups), 4.8 if d else 3), layout="constrained")
-        grid = figure.subplots(1 + (d > 0), len(groups), sharex="col", sharey="row", squeeze=False,
-                               height_ratios=[2, 1] if d else [1])
+    with figure(path, (1.2 + 2.4 * len(groups), 4.8 if d else 3)) as drawn:
+        if drawn is None:
+            return False
+        grid = drawn.subplots(1 + (d > 0), len(groups), sharex="col", sharey="row", squeeze=False,
+                              height_ratios=[2, 1] if d else [1])
         for axes, ((target, _), results) in zip(grid[0], groups.items()):
             axes.plot(mean(results, "before"), color="C0", label="σ_i of the base")
             if diagonal:
@@ -119,10 +112,9 @@ def draw(path, layers, method, options):
             axes.set_title(target)
         grid[0, 0].legend()
         if d:
-            draw_bands(figure, grid, [band(mean(results, "C"), d) for results in groups.values()], d)
+            draw_bands(drawn, grid, [band(mean(results, "C"), d) for results in groups.values()], d)
         for axes in grid[-1]:
             axes.set_xlabel("i")
-        files.write_whole(path, lambda file: figure.savefig(file, dpi=120, format="png", transparent=True))
     return True
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .errors import InputError
 from .methods import METHODS, nearest, parse_spec
-from .training.checkpoint import delete_temporary, file_name
+from .training.checkpoint import RUN_FILES, delete_temporary, file_name
 from .training.loop import Diverged, Stopped
 
 SIZES = {"n_layer": "transformer blocks", "n_head": "attention heads", "d_model": "width of the model",
@@ -188,6 +188,8 @@ def out_folder(flags, model):
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()   # fails if the folder is read-only
     delete_temporary(out)
+    if flags.resume and not any(path.name in RUN_FILES for path in out.rglob("*")):
+        print(f"--resume: {out} contains no earlier run, so this one starts from the beginning")
     return out
 
 

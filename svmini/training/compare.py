@@ -16,9 +16,9 @@ from ..adapting import (adapt, count_trainable, digests, find_linears, fingerpri
 from ..errors import InputError
 from ..methods import METHODS, WITHOUT_ADAPTERS, canonical_spec, options_of, parse_spec
 from ..model_file import derived_metadata, save_model
-from .checkpoint import RunFolder, after_json, delete_run, differences, file_name, read_json
+from .checkpoint import RunFolder, after_json, check_run_config, delete_run, file_name, read_json
 from .loop import Diverged, TrainConfig, evaluate, train
-from .report import start_and_full
+from .report import line, lr_sweep_lines, start_and_full, write
 
 
 # ---- which methods, at which learning rates ----
@@ -83,7 +83,38 @@ def describe_targets(base, targets):
             + (f"; frozen: {', '.join(sorted(frozen))}" if frozen else ""))
 
 
-# ---- one run ----
+# ---- every run ----
+
+def run_all(learning_rates, seeds, base, make_task, train_kwargs, device_config, out, *, base_metadata, metadata,
+            n_lrs=None, resume=False, **saving):
+    """Train and test every method with every seed, print a line per run, and write the report into the folder out.
+
+    learning_rates: from `plan`. make_task: a function from a seed to the task of its runs. train_kwargs: arguments of
+    TrainConfig that all runs share. n_lrs: learning rates to try per method with the first seed, see `lr_sweep`.
+    metadata: plain values for the adapter files, in addition to the name of the data. The others: see `run`.
+
+    Returns (rows, task of the last seed). A base model without a new head gets the row zero-shot.
+    """
+    rows, sweep = [], None
+    if not resume:
+        delete_runs(learning_rates, seeds, out)
+    for seed in seeds:
+        task = make_task(seed)
+        if seed == seeds[0] and n_lrs:
+            sweep = lr_sweep(learning_rates, base, task, train_kwargs | {"seed": seed}, device_config, out, n_lrs, resume)
+            print(f"learning rates by {task.metric} on validation data:", *lr_sweep_lines(sweep), sep="\n")
+            learning_rates = {spec: sweep[spec]["best"] or lr for spec, lr in learning_rates.items()}
+        if seed == seeds[0] and not base.also_train:
+            rows.append(zero_shot_row(base, task, seed, device_config))
+            print(line(rows[-1]))
+        for spec, lr in learning_rates.items():
+            rows.append(run(spec, base, task, TrainConfig(lr=lr, seed=seed, **train_kwargs), device_config, out,
+                            base_metadata=base_metadata, metadata={"data": task.name} | metadata, resume=resume, **saving))
+            print(line(rows[-1]))
+    fill_gap_recovered(rows)
+    write(out, rows, task, train_kwargs, device_config, base_metadata, sweep)
+    return rows, task
+
 
 def run(spec, base, task, train_config, device_config, out, *, resume=False, save_every=0, eval_every=0, metadata=None,
         base_metadata=None):
@@ -203,10 +234,7 @@ def lr_sweep(learning_rates, base, task, train_kwargs, device_config, out, n, re
         path.unlink(missing_ok=True)   # a later --resume must not find it
     elif path.is_file():
         content = read_json(path, "run_config", "scores")
-        different = differences(content["run_config"], run_config)
-        if different:
-            raise InputError(f"{path} was made with another run config: {'; '.join(different)}. Give the same flags, "
-                             "or choose another --out")
+        check_run_config(path, content["run_config"], run_config)
         scores = content["scores"]
     grids = {spec: [lr * 2.0 ** (i - (n - 1) // 2) for i in range(n)] for spec, lr in learning_rates.items()}
     found = {}
