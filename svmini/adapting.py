@@ -14,7 +14,7 @@ from tqdm import tqdm
 from . import files
 from .errors import InputError
 from .methods import METHODS, WITHOUT_ADAPTERS, check_options, nearest, options_of
-from .methods.adapter import HALF_DTYPES, TRAINABLE_DTYPES, Adapter, check_conversion
+from .methods.adapter import HALF_DTYPES, TRAINABLE_DTYPES, Adapter
 
 
 def adapt(model, method, targets=None, also_train=None, **options):
@@ -120,7 +120,8 @@ def find_linears(model, targets, also_train=()):
         if not matched:
             fused = "in_proj" in target and any(isinstance(m, nn.MultiheadAttention) for m in modules.values())
             reason = " (nn.MultiheadAttention holds query, key and value in one parameter)" if fused else ""
-            raise InputError(f"target {target!r} matches no layer{reason}; {offers(model, also_train)}")
+            meant = nearest(target, possible_targets(model, also_train))
+            raise InputError(f"target {target!r} matches no layer{meant}{reason}; {offers(model, also_train)}")
         adapted = [name for name in matched if not is_inside(name, also_train)]
         if not adapted:
             raise InputError(f"{matched[0]} is trained in full by also_train: remove {target!r} from the targets")
@@ -157,12 +158,14 @@ def why_not(module, tied=()):
         return "has hooks, which an adapter would lose: remove them first"
     if module.weight.dtype not in (*TRAINABLE_DTYPES, *HALF_DTYPES):
         return f"has weights in {module.weight.dtype}: convert the model to float32 or bfloat16"
+    if not module.weight.numel():
+        return f"has a weight of size zero, {tuple(module.weight.shape)}"
     if not module.weight.isfinite().all():
         return "has weights that are not finite"
 
 
-def offers(model, also_train=()):
-    """List targets that would be accepted: for each layer the shortest end of its path that matches nothing else."""
+def possible_targets(model, also_train=()):
+    """Targets that would be accepted: for each layer the shortest end of its path that matches nothing else."""
     modules, tied = modules_of(model), tied_parameters(model)
     good = [name for name, module in modules.items() if not is_inside(name, also_train) and not why_not(module, tied)]
     bad, found = modules.keys() - good, {}
@@ -171,7 +174,13 @@ def offers(model, also_train=()):
         ends = [".".join(steps[i:]) for i in range(len(steps)) if i == 0 or not steps[i].isdigit()]   # longest first
         ends = [end for end in ends if not any(ends_in(other, end) for other in bad)]
         found |= dict.fromkeys(ends[-1:])
-    shown = ", ".join(list(found)[:20]) + (", ..." if len(found) > 20 else "")
+    return list(found)
+
+
+def offers(model, also_train=()):
+    """Say which targets would be accepted."""
+    found = possible_targets(model, also_train)
+    shown = ", ".join(found[:20]) + (", ..." if len(found) > 20 else "")
     return f"targets can be: {shown}" if found else "this model has no nn.Linear that can be adapted"
 
 
@@ -285,9 +294,12 @@ def replace(model, layers):
 
 
 def guarded_apply(module, fn, *args, **kwargs):
-    """Run module._apply, through which .to(), .half() and the like pass, unless the adapters inside would reject it.
-    nn.Module converts child by child, so their own check would come after the first layers were converted."""
-    check_conversion(fn)
+    """Run module._apply, through which .to(), .half() and the like pass, unless fn would round float32 parameters.
+    nn.Module converts child by child, so a check in each adapter would come after the first layers were converted."""
+    dtype = fn(torch.zeros(0, dtype=torch.float32, device="cpu")).dtype
+    if dtype not in TRAINABLE_DTYPES:
+        raise InputError(f"an adapter cannot become {dtype}, in which small training steps are lost: keep it in "
+                         "float32 and use torch.autocast, or merge it first")
     return type(module)._apply(module, fn, *args, **kwargs)
 
 

@@ -41,7 +41,7 @@ def number(low, kind=int, above=False, high=2**62):
             value = kind(text)
         except ValueError:
             value = float("nan")
-        if not (value > low if above else value >= low) or value == float("inf") or kind is int and value > high:
+        if not (value > low if above else value >= low) or value > high:
             noun = "an integer" if kind is int else "a number"
             limited = high < 2**62 or value > high
             bound = f"above {low}" if above else f"from {low} to {high}" if limited else f"of at least {low}"
@@ -209,22 +209,17 @@ def run_command(main, argv=None, **commands):
     sys.stderr = sys.stderr or open(os.devnull, "w")   # None if it is closed, which tqdm does not expect
     try:
         return main(argv) or 0
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:   # between two training runs, or the second Ctrl-C
-        print("stopped. Training continues with the same command and --resume", file=sys.stderr)
-        return 130
+    except (Stopped, KeyboardInterrupt) as stopped:   # KeyboardInterrupt: between two runs, or the second Ctrl-C
+        message, code = str(stopped) or "stopped. Training continues with the same command and --resume", 130
     except Diverged as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        message, code = f"error: {error}", 1
     except (MemoryError, RuntimeError) as error:
         signs = ("out of memory", "tried to allocate", "storage size calculation overflowed")
         if not isinstance(error, MemoryError) and not any(sign in str(error).lower() for sign in signs):
             raise
-        print(f"error: not enough memory ({' '.join(str(error).split())[:120]}): use a smaller --batch-size, or "
-              "--grad-accum-steps", file=sys.stderr)
-        return 2
+        message, code = (f"error: not enough memory ({str(error)[:120]}): use a smaller --batch-size, or "
+                         "--grad-accum-steps"), 2
     except (InputError, OSError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        message, code = f"error: {error}", 2
+    print(" ".join(message.split()), file=sys.stderr)
+    return code

@@ -16,7 +16,7 @@ from .training.device import resolve_device
 def command(argv):
     p = Parser("-m svmini.generate", "Continue a text with a GPT.")
     add_model(p, "gpt2, ...")
-    p.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
+    p.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue (required)")
     p.add_argument("--max-new-tokens", type=number(1), default=100, metavar="N",
                    help="number of tokens to add (default: 100)")
     p.add_argument("--temperature", type=number(0, float), default=0.8, metavar="X",
