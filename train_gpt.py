@@ -84,10 +84,9 @@ def compare_methods(argv):
 def pretrain_only(argv):
     flags = pretraining_flags(argv)
     device_config, out = resolve_device(flags.device, flags.dtype, flags.compile), cli.out_folder(flags, "gpt")
-    model, task, metadata = new_base(flags, flags.data, device_config, flags)
+    model, task, metadata = new_base(flags, flags.data, device_config)
     device_config = prepare_device(device_config, model)
-    config = replace(PRETRAIN[kind_of(flags.data)], seed=flags.seed, **cli.given(flags, "lr"),
-                     **cli.training_flags(flags))
+    config = replace(PRETRAIN[kind_of(flags.data)], seed=flags.seed, **cli.training_flags(flags, "lr"))
     pretrain.pretrain(model, task, config, device_config, out / "pretrain", metadata, **cli.saving(flags))
 
 
@@ -148,8 +147,8 @@ def open_task(flags, kind, source, config, tokenizer, device_config):
     return task
 
 
-def new_base(flags, data, device_config, sizes=None):
-    """Return an untrained GPT for a dataset, its task and its metadata. sizes: flags of pretrain."""
+def new_base(flags, data, device_config):
+    """Return an untrained GPT for a dataset, its task and its metadata."""
     if data == "arithmetic":
         task, vocab_size, block_size = Arithmetic("+", device_config.device), Arithmetic.vocab_size, Arithmetic.length
         metadata = {"data": task.name, "tokenizer": "arithmetic"}
@@ -160,7 +159,8 @@ def new_base(flags, data, device_config, sizes=None):
         print(task.describe())
         vocab_size = len(ranks)
         metadata = {"data": f"{data} {task.data_config['sha256'][:12]}", "tokenizer": ranks}
-    shape = MODEL[kind_of(data)] | (cli.given(sizes, "n_layer", "n_head", "d_model") if sizes else {})
+    shape = MODEL[kind_of(data)]
+    shape = shape | cli.given(flags, *shape)
     torch.manual_seed(flags.seed)
     model = GPT(GPTConfig(vocab_size, block_size, **shape))
     return model, task, metadata | {"published": False}
@@ -169,12 +169,9 @@ def new_base(flags, data, device_config, sizes=None):
 def show_samples(rows):
     """Print how the base model and the best adapter of the first seed continue the same prompt or solve the same
     problems."""
-    first = [r for r in rows if r["seed"] == rows[0]["seed"] and r["sample"]]
-    sign = 1 if rows[0]["higher_is_better"] else -1
-    best = max((r for r in first if r["method"] not in ("zero-shot", "full")), default=None,
-               key=lambda r: sign * r["metric"])
-    for title, row in (("before", first[0]), (f"after, {best and best['method']}", best)):
-        if row is not None:
+    best = report.best_of(rows, lambda spec: spec not in ("zero-shot", "full"))
+    for title, row in (("before", rows[0]), (f"after, {best and best['method']}", best)):
+        if row is not None and row["sample"]:
             print(f"\n--- {title} ---\n" + "\n".join(row["sample"]))
 
 

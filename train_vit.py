@@ -14,7 +14,7 @@ from svmini.training.learning_rates import VIT_LEARNING_RATES as LEARNING_RATES
 from svmini.training.loop import TrainConfig
 
 # dataset to adapt to: dataset that a base model is pretrained on when --init is not given
-DATA = {"glyphs": "glyphs", **{name: dataset.base_data for name, dataset in IMAGE_DATASETS.items()}, "folder:PATH": None}
+DATA = {"glyphs": "glyphs"} | {name: d.base_data for name, d in IMAGE_DATASETS.items()} | {"folder:PATH": None}
 MODEL = {"n_layer": 4, "n_head": 4, "d_model": 128}   # of a base model that is pretrained here
 # a large weight decay moves the weights away from their random initialization: docs/results.md
 PRETRAIN = TrainConfig(steps=1600, lr=2e-3, batch_size=32, warmup_ratio=0.05, schedule="cosine", weight_decay=2.0,
@@ -33,7 +33,8 @@ def compare_methods(argv):
     """Run a comparison; read downwards: data, base model, methods, then every seed and method, then the table."""
     flags = adapting_flags(argv)
     device_config, out = resolve_device(flags.device, flags.dtype, flags.compile), cli.out_folder(flags, "vit")
-    source = open_adaptation_images(flags)                                     # missing data fails here
+    name = "glyphs B" if flags.data == "glyphs" else flags.data                # a base is pretrained on glyphs A
+    source = open_images(name, flags.data_dir, flags.seed, flags.per_class or 50, flags.val_per_class)
     print(describe(source))
     if flags.init:
         base, metadata = model_file.load_base(flags.init, ViT, flags.n_head)
@@ -70,11 +71,12 @@ def compare_methods(argv):
 
 
 def pretrain_only(argv):
-    flags = pretraining_flags(argv)
+    sizes = {"image_size": None, "patch_size": None, **MODEL}
+    flags = cli.pretraining_parser("train_vit.py", "Train a ViT from scratch.", DATA, **sizes).parse_args(argv)
     device_config, out = resolve_device(flags.device, flags.dtype, flags.compile), cli.out_folder(flags, "vit")
-    model, task, metadata = new_base(flags, flags.data, device_config, flags)
+    model, task, metadata = new_base(flags, flags.data, device_config)
     device_config = prepare_device(device_config, model)
-    config = replace(PRETRAIN, seed=flags.seed, **cli.given(flags, "lr"), **cli.training_flags(flags))
+    config = replace(PRETRAIN, seed=flags.seed, **cli.training_flags(flags, "lr"))
     pretrain.pretrain(model, task, config, device_config, out / "pretrain", metadata, **cli.saving(flags))
 
 
@@ -100,27 +102,14 @@ def adapting_flags(argv):
     return flags
 
 
-def pretraining_flags(argv):
-    sizes = {"image_size": None, "patch_size": None, **MODEL}
-    return cli.pretraining_parser("train_vit.py", "Train a ViT from scratch.", DATA, **sizes).parse_args(argv)
-
-
-def open_adaptation_images(flags):
-    """Open the images to adapt to. --data glyphs means two datasets: A for pretraining, B for adaptation."""
-    if flags.data == "glyphs":
-        return open_images("glyphs B", None, flags.seed)
-    return open_images(flags.data, flags.data_dir, flags.seed, flags.per_class or 50, flags.val_per_class)
-
-
-def new_base(flags, data, device_config, sizes=None):
-    """Return an untrained ViT for a dataset, its task and its metadata. sizes: flags of pretrain."""
+def new_base(flags, data, device_config):
+    """Return an untrained ViT for a dataset, its task and its metadata."""
     source = open_images("glyphs A" if data == "glyphs" else data, flags.data_dir, flags.seed)
     print(describe(source))
-    image_size = (sizes and sizes.image_size) or min(source.side or 32, 32)
-    patch_size = (sizes and sizes.patch_size) or min(source.side or 32, 32) // 4
-    shape = MODEL if sizes is None else cli.given(sizes, *MODEL)
-    config = ViTConfig(image_size, patch_size, len(source.mean), len(source.classes), **shape,
-                       mean=source.mean, std=source.std)
+    side = min(source.side or 32, 32)
+    sizes = {"image_size": side, "patch_size": side // 4, **MODEL}
+    config = ViTConfig(in_channels=len(source.mean), num_classes=len(source.classes), mean=source.mean, std=source.std,
+                       **sizes | cli.given(flags, *sizes))
     torch.manual_seed(flags.seed)
     model = ViT(config)
     metadata = {"data": source.name, "data_seed": flags.seed, "classes": source.classes, "published": False}
@@ -129,9 +118,8 @@ def new_base(flags, data, device_config, sizes=None):
 
 def save_predictions(out, task, rows):
     """Save out/predictions.png: test images with the predictions of the linear probe and of the best adapter."""
-    first = [r for r in rows if r["seed"] == rows[0]["seed"] and r["sample"]]
-    head = next((r["sample"] for r in first if r["method"] == "head"), None)
-    best = max((r for r in first if r["method"] not in ("head", "full")), key=lambda r: r["metric"], default=None)
+    head = next((r["sample"] for r in rows if r["method"] == "head"), None)
+    best = report.best_of(rows, lambda spec: spec not in ("head", "full"))
     if best is not None:
         save_grid(out / "predictions.png", *task.samples(), head, best["sample"], task.classes)
         before = "before (linear probe) and " if head else ""

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from . import files
 from .errors import InputError
 from .methods import METHODS, WITHOUT_ADAPTERS, check_options, nearest, options_of
-from .methods.adapter import HALF_DTYPES, TRAINABLE_DTYPES, Adapter
+from .methods.adapter import HALF_DTYPES, TRAINABLE_DTYPES, Adapter, check_conversion
 
 
 def adapt(model, method, targets=None, also_train=None, **options):
@@ -294,12 +294,9 @@ def replace(model, layers):
 
 
 def guarded_apply(module, fn, *args, **kwargs):
-    """Run module._apply, through which .to(), .half() and the like pass, unless fn would round float32 parameters.
-    nn.Module converts child by child, so a check in each adapter would come after the first layers were converted."""
-    dtype = fn(torch.zeros(0, dtype=torch.float32, device="cpu")).dtype
-    if dtype not in TRAINABLE_DTYPES:
-        raise InputError(f"an adapter cannot become {dtype}, in which small training steps are lost: keep it in "
-                         "float32 and use torch.autocast, or merge it first")
+    """Run module._apply, through which .to(), .half() and the like pass, unless the adapters inside would reject it.
+    nn.Module converts child by child, so their own check would come after the first layers were converted."""
+    check_conversion(fn)
     return type(module)._apply(module, fn, *args, **kwargs)
 
 

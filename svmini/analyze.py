@@ -23,7 +23,7 @@ from .methods import parse_spec
 from .methods.svd import thin_svd
 from .model_file import load_any, with_adapter
 from .training.compare import run_path
-from .training.report import figure, markdown
+from .training.report import best_of, figure, markdown
 
 NOTES = """σ: the largest, median and smallest singular value
 leading quarter: ‖U_kᵀ ΔW V_k‖² / ‖ΔW‖² for the k = D/4 leading directions of the base; in a square matrix it is 6 % if
@@ -138,10 +138,8 @@ def band(C, d):
 def draw_best(out, rows, base):
     """After a comparison, draw out/analysis.png for the best SVFT or SVFit row of the first seed, from the adapter file
     of its run, and print what was drawn. base: the plain model. Does nothing if there is no such row."""
-    first = [r for r in rows if r["seed"] == rows[0]["seed"] and r["metric"] is not None and r["method"] != "zero-shot"
-             and trains_diagonal(*parse_spec(r["method"])[:2])]
-    if first:
-        best = max(first, key=lambda r: r["metric"] if r["higher_is_better"] else -r["metric"])
+    best = best_of(rows, lambda spec: spec != "zero-shot" and trains_diagonal(*parse_spec(spec)[:2]))
+    if best is not None:
         model = load_adapter(copy.deepcopy(base), run_path(out, best["method"], best["seed"]) / "adapter.pt")
         record, path = model.adaptation, Path(out) / "analysis.png"
         if draw(path, analyze_model(base, model, spectra=False), record["method"], record["options"]):

@@ -21,9 +21,8 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser with one-line errors, without abbreviated flags, and with one line of help per flag."""
 
     def __init__(self, command, description):
-        def wide(prog):
-            return argparse.HelpFormatter(prog, max_help_position=36, width=150)
-        super().__init__(f"python {command}", description=description, formatter_class=wide, allow_abbrev=False)
+        super().__init__(f"python {command}", description=description, allow_abbrev=False,
+                         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=150))
 
     def error(self, message):
         _, _, unknown = message.partition("unrecognized arguments: ")
@@ -41,7 +40,7 @@ def number(low, kind=int, above=False, high=2**62):
             value = kind(text)
         except ValueError:
             value = float("nan")
-        if not (value > low if above else value >= low) or value > high:
+        if not (value > low if above else value >= low) or value == float("inf") or kind is int and value > high:
             noun = "an integer" if kind is int else "a number"
             limited = high < 2**62 or value > high
             bound = f"above {low}" if above else f"from {low} to {high}" if limited else f"of at least {low}"
@@ -87,11 +86,10 @@ def one_of(known):
 # ---- flags ----
 
 def add_device(p):
-    for flag, what, names, auto in (
-            ("--device", "device", ("auto", "cpu", "cuda", "mps"), "the first of cuda, mps, cpu that is available"),
-            ("--dtype", "autocast", ("auto", "float32", "bfloat16", "float16"), "half precision on CUDA only")):
-        p.add_argument(flag, default="auto", choices=names, metavar="NAME",
-                       help=f"{what}: {' | '.join(names)} (default: auto, {auto})")
+    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), metavar="NAME",
+                   help="device: auto | cpu | cuda | mps (default: auto, the first available of cuda, mps, cpu)")
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), metavar="NAME",
+                   help="autocast: auto | float32 | bfloat16 | float16 (default: auto, half precision on CUDA only)")
 
 
 def add_model(p, names="a name of published weights", adapter_required=False):
@@ -169,9 +167,9 @@ def given(flags, *names):
     return {name: getattr(flags, name) for name in names if getattr(flags, name, None) is not None}
 
 
-def training_flags(flags):
-    """Return the arguments of a TrainConfig that were given as flags, except for learning rate and seed."""
-    return given(flags, "steps", "batch_size", "grad_accum_steps", "head_lr", "weight_decay")
+def training_flags(flags, *more):
+    """Return the arguments of a TrainConfig that were given as flags. Learning rate and seed: only if named in more."""
+    return given(flags, "steps", "batch_size", "grad_accum_steps", "head_lr", "weight_decay", *more)
 
 
 def saving(flags):
@@ -217,8 +215,8 @@ def run_command(main, argv=None, **commands):
         signs = ("out of memory", "tried to allocate", "storage size calculation overflowed")
         if not isinstance(error, MemoryError) and not any(sign in str(error).lower() for sign in signs):
             raise
-        message, code = (f"error: not enough memory ({str(error)[:120]}): use a smaller --batch-size, or "
-                         "--grad-accum-steps"), 2
+        reason = " ".join(str(error).split())[:120]
+        message, code = f"error: not enough memory ({reason}): use a smaller --batch-size, or --grad-accum-steps", 2
     except (InputError, OSError) as error:
         message, code = f"error: {error}", 2
     print(" ".join(message.split()), file=sys.stderr)

@@ -16,13 +16,12 @@ from .training.device import resolve_device
 def command(argv):
     p = Parser("-m svmini.generate", "Continue a text with a GPT.")
     add_model(p, "gpt2, ...")
-    p.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue (required)")
-    p.add_argument("--max-new-tokens", type=number(1), default=100, metavar="N",
-                   help="number of tokens to add (default: 100)")
-    p.add_argument("--temperature", type=number(0, float), default=0.8, metavar="X",
-                   help="sampling temperature, 0 for greedy decoding (default: 0.8)")
-    p.add_argument("--top-k", type=number(1), metavar="K", help="sample from the K most likely tokens (default: all)")
-    p.add_argument("--seed", type=number(0), default=0, metavar="N", help="seed for sampling (default: 0)")
+    a = p.add_argument
+    a("--prompt", required=True, metavar="TEXT", help="text to continue (required)")
+    a("--max-new-tokens", type=number(1), default=100, metavar="N", help="number of tokens to add (default: 100)")
+    a("--temperature", type=number(0, float), default=0.8, metavar="X", help="temperature; 0 is greedy (default: 0.8)")
+    a("--top-k", type=number(1), metavar="K", help="sample from the K most likely tokens (default: all)")
+    a("--seed", type=number(0), default=0, metavar="N", help="seed for sampling (default: 0)")
     add_device(p)
     flags = p.parse_args(argv)
     device_config = resolve_device(flags.device, flags.dtype)

@@ -24,7 +24,7 @@ def command(argv):
     add_model(p, "vit_b_16, ...")
     p.add_argument("--data", metavar="NAME", help="glyphs, mnist, ..., folder:PATH (default: as in training)")
     p.add_argument("--data-dir", metavar="DIR", help="folder of downloaded datasets (default: none)")
-    p.add_argument("--out", default="out/predict", metavar="DIR", help="folder of predictions.png (default: out/predict)")
+    p.add_argument("--out", default="out/predict", metavar="DIR", help="folder of the figure (default: out/predict)")
     p.add_argument("--seed", type=number(0), metavar="N", help="seed of the glyphs (default: as in training)")
     add_device(p)
     flags = p.parse_args(argv)

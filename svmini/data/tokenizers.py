@@ -66,8 +66,8 @@ def gpt2_tokenizer():
         return tiktoken.get_encoding("gpt2")
     except Exception as error:   # tiktoken raises whatever its network library raises
         raise MissingFile(f"GPT-2's tokenizer could not be downloaded ({type(error).__name__}): set TIKTOKEN_CACHE_DIR "
-                          f"to a folder that tiktoken filled on another computer, or use a base model that svmini "
-                          f"pretrained, whose trained BPE needs no network") from None
+                          "to a folder that tiktoken filled elsewhere, or pretrain a base model, whose trained BPE "
+                          "needs no network") from None
 
 
 def end_token(tokenizer):

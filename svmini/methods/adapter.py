@@ -4,6 +4,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ..errors import InputError
+
 TRAINABLE_DTYPES = (torch.float32, torch.float64)   # of trainable parameters: in bf16, most small steps change nothing
 HALF_DTYPES = (torch.bfloat16, torch.float16)       # of base models whose trainable parameters are in float32
 PLAIN_TYPES = (bool, int, float, str, type(None))   # of options, so that an adapter file can hold them
@@ -89,11 +91,24 @@ class Adapter(nn.Module):
     def check(d_out, d_in):
         """Raise ValueError that explains why these options do not fit this shape."""
 
+    def _apply(self, fn, recurse=True):
+        """Convert or move all tensors, as .to() and .half() do. Raises InputError if parameters would be rounded."""
+        check_conversion(fn)
+        return super()._apply(fn, recurse)
+
     def __getattr__(self, name):
         """Name the attribute that the code of a property lacks. nn.Module would report the property as missing."""
         if isinstance(getattr(type(self), name, None), property):
             return getattr(type(self), name).fget(self)
         return super().__getattr__(name)
+
+
+def check_conversion(fn):
+    """Raise InputError if fn, which .to(), .half() and the like apply to tensors, would round float32 parameters."""
+    dtype = fn(torch.zeros(0, dtype=torch.float32, device="cpu")).dtype
+    if dtype not in TRAINABLE_DTYPES:
+        raise InputError(f"an adapter cannot become {dtype}, in which small training steps are lost: keep it in "
+                         "float32 and use torch.autocast, or merge it first")
 
 
 def add_update(x, W, bias, h, B):

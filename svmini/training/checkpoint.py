@@ -170,8 +170,7 @@ def load_trained_state(model, state):
     """Copy a trained_state into a model. Raises InputError if names or shapes differ."""
     ours = changing_tensors(model)
     if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in state.items()}:
-        raise InputError("the checkpoint belongs to another model or method: its trained parameters differ. "
-                         "Leave out --resume to start again")
+        raise InputError("the checkpoint belongs to another model or method: leave out --resume to start again")
     with torch.no_grad():
         for name, p in ours.items():
             p.copy_(state[name])

@@ -101,15 +101,17 @@ def run_all(learning_rates, seeds, base, make_task, train_kwargs, device_config,
     for seed in seeds:
         task = make_task(seed)
         if seed == seeds[0] and n_lrs:
-            sweep = lr_sweep(learning_rates, base, task, train_kwargs | {"seed": seed}, device_config, out, n_lrs, resume)
+            kwargs = train_kwargs | {"seed": seed}
+            sweep = lr_sweep(learning_rates, base, task, kwargs, device_config, out, n_lrs, resume)
             print(f"learning rates by {task.metric} on validation data:", *lr_sweep_lines(sweep), sep="\n")
             learning_rates = {spec: sweep[spec]["best"] or lr for spec, lr in learning_rates.items()}
         if seed == seeds[0] and not base.also_train:
             rows.append(zero_shot_row(base, task, seed, device_config))
             print(line(rows[-1]))
         for spec, lr in learning_rates.items():
-            rows.append(run(spec, base, task, TrainConfig(lr=lr, seed=seed, **train_kwargs), device_config, out,
-                            base_metadata=base_metadata, metadata={"data": task.name} | metadata, resume=resume, **saving))
+            config = TrainConfig(lr=lr, seed=seed, **train_kwargs)
+            rows.append(run(spec, base, task, config, device_config, out, base_metadata=base_metadata,
+                            metadata={"data": task.name} | metadata, resume=resume, **saving))
             print(line(rows[-1]))
     fill_gap_recovered(rows)
     write(out, rows, task, train_kwargs, device_config, base_metadata, sweep)

@@ -23,7 +23,8 @@ def pretrain(model, task, train_config, device_config, folder, metadata, *, resu
     if path.is_file():
         delete_temporary(folder)
         model, metadata = load_model(path, type(model))
-        earlier = metadata.get("run_config", {}) | {"dtype": run_config["dtype"]}   # a device is no reason to train again
+        # the dtype of another device is no reason to train again
+        earlier = metadata.get("run_config", {}) | {"dtype": run_config["dtype"]}
         check_run_config(path, earlier, run_config, "load the file with --init")
         (Path(folder) / "last.pt").unlink(missing_ok=True)   # left if pretraining was killed in its last line
         print(f"base model: {path}, from an earlier run: {metadata['result']}")

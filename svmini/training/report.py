@@ -32,6 +32,12 @@ def reference_of(rows):
     return next((row["method"] for row in rows if row["method"].partition("@")[0] == REFERENCE), REFERENCE)
 
 
+def best_of(rows, accept):
+    """Return the best row of the first seed whose method spec is accepted and which did not diverge, or None."""
+    good = [r for r in rows if r["seed"] == rows[0]["seed"] and r["metric"] is not None and accept(r["method"])]
+    return max(good, key=lambda r: r["metric"] if r["higher_is_better"] else -r["metric"], default=None)
+
+
 def summarize(rows):
     """Return one dict per method, in the order of the rows: the values of its first run, and lists over its seeds."""
     methods = {}
@@ -52,7 +58,7 @@ def summarize(rows):
 
 
 def table_lines(table, reference):
-    """Return a summary as lines of Markdown: trainable parameters, metric, differences and gap recovered of each method.
+    """Return a summary as lines of Markdown: trainable parameters, metric, differences and gap recovered.
 
     reference: the method of the differences; None leaves them out, because a single difference is no paired comparison.
     """
