@@ -92,7 +92,7 @@ def pretrain_only(argv):
 
 def adapting_flags(argv):
     p = cli.adapting_parser("train_gpt.py", __doc__, DATA, "a name such as gpt2, gpt2-medium")
-    p.add_argument("--block-size", type=cli.number(2), metavar="N", help=f"tokens of context (default: {BLOCK_SIZE})")
+    p.flag("--block-size", "N", cli.number(2), "tokens of context", shown=BLOCK_SIZE)
     flags = p.parse_args(argv)
     if flags.init is None and flags.n_head:
         p.error("--n-head belongs to the base model that --init loads: add --init")

@@ -82,15 +82,15 @@ def pretrain_only(argv):
 
 def adapting_flags(argv):
     p = cli.adapting_parser("train_vit.py", __doc__, DATA, "a name such as vit_b_16, dinov2_vits14")
-    a = p.add_argument
-    a("--head-lr", type=cli.number(0, float, True), metavar="X",
-      help=f"learning rate of the head (default: {ADAPT['head_lr']:g}; for the method head: a tuned one)")
-    a("--per-class", type=cli.number(2), metavar="N",
-      help="images per class of a real dataset, a fifth of them for validation (default: 50; papers: 10)")
-    a("--val-per-class", type=cli.number(1), metavar="N",
-      help="validation images per class, in addition to --per-class (default: a fifth of --per-class)")
-    a("--no-augment", action="store_true", help="do not mirror and shift natural images (default: augment)")
-    a("--image-size", type=cli.number(1), metavar="N", help="side of the images in pixels (default: by --init)")
+    p.flag("--head-lr", "X", cli.number(0, float, True), "learning rate of the head",
+           shown=f"{ADAPT['head_lr']:g}; for the method head: a tuned one")
+    p.flag("--per-class", "N", cli.number(2), "images per class of a real dataset, a fifth of them for validation",
+           shown="50; papers: 10")
+    p.flag("--val-per-class", "N", cli.number(1), "validation images per class, in addition to --per-class",
+           shown="a fifth of --per-class")
+    p.add_argument("--no-augment", action="store_true",
+                   help="do not mirror and shift natural images (default: augment)")
+    p.flag("--image-size", "N", cli.number(1), "side of the images in pixels", shown="by --init")
     flags = p.parse_args(argv)
     if flags.init is None and (flags.image_size or flags.n_head):
         p.error("--image-size and --n-head belong to the base model that --init loads: add --init")

@@ -149,7 +149,7 @@ def draw_best(out, rows, base):
 def command(argv):
     p = Parser("-m svmini.analyze", "Show what an adapter changed: spectra, ranks and a figure.")
     add_model(p, adapter_required=True)
-    p.add_argument("--out", metavar="DIR", help="folder for analysis.png (default: the folder of the adapter)")
+    p.flag("--out", "DIR", str, "folder for analysis.png", shown="the folder of the adapter")
     flags = p.parse_args(argv)
     base, metadata = load_any(flags.init, n_head=flags.n_head)
     model, _ = with_adapter(copy.deepcopy(base), metadata, flags.adapter)

@@ -193,17 +193,16 @@ def table_lines(rows):
 
 def command(argv):
     p = Parser("-m svmini.bench", "Measure what a training step of each method costs.")
-    a = p.add_argument
-    a("--model", default="tiny", choices=tuple(MODELS), help="shape of the blocks (default: tiny)")
-    a("--layers", type=number(1), metavar="N", help="number of blocks (default: depends on --model)")
-    a("--batch", type=number(1), metavar="N", help="sequences per batch (default: depends on --model)")
-    a("--tokens", type=number(1), metavar="N", help="tokens per sequence (default: depends on --model)")
-    a("--methods", nargs="+", default=SPECS, metavar="SPEC", help="method specs, or all (default: the main methods)")
-    a("--targets", type=names, metavar="A,B", help="layers to adapt, for specs without targets (default: all)")
-    a("--rounds", type=number(2), default=5, metavar="N", help="rounds, which time every row once each (default: 5)")
-    a("--steps", type=number(1), default=2, metavar="N", help="steps per row and round (default: 2)")
-    a("--compile", action="store_true", help="compile the steps with torch.compile (default: off)")
-    a("--json", metavar="FILE", help="JSON file for all measurements (default: none)")
+    p.flag("--model", "NAME", str, f"shape of the blocks: {' | '.join(MODELS)}", "tiny", choices=tuple(MODELS))
+    p.flag("--layers", "N", number(1), "number of blocks", shown="depends on --model")
+    p.flag("--batch", "N", number(1), "sequences per batch", shown="depends on --model")
+    p.flag("--tokens", "N", number(1), "tokens per sequence", shown="depends on --model")
+    p.flag("--methods", "SPEC", str, "method specs, or all", SPECS, "the main methods", nargs="+")
+    p.flag("--targets", "A,B", names, "layers to adapt, for specs without targets", shown="all")
+    p.flag("--rounds", "N", number(2), "rounds, which time every row once each", 5)
+    p.flag("--steps", "N", number(1), "steps per row and round", 2)
+    p.add_argument("--compile", action="store_true", help="compile the steps with torch.compile (default: off)")
+    p.flag("--json", "FILE", str, "JSON file for all measurements", shown="none")
     add_device(p)
     flags = p.parse_args(argv)
     layers, *block, batch, tokens = MODELS[flags.model]
