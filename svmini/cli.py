@@ -142,7 +142,7 @@ def adapting_parser(command, description, data, weights):
     p.flag("--init", "MODEL", utf8, f"base model: a file or {weights}", shown="pretrain one", group=base)
     p.flag("--base-data", "NAME", utf8, "dataset for pretraining the base model when --init is not given",
            shown=BY_DATA, group=base)
-    p.flag("--lr", "X", number(0, float, True), "learning rate of every method", shown="tuned for each method", group=lrs)
+    p.flag("--lr", "X", number(0, float, True), "learning rate of every method", shown="tuned per method", group=lrs)
     p.flag("--lr-sweep", "N", number(1, high=100), "number of learning rates to try per method, on validation data",
            shown="no sweep", group=lrs)
     p.flag("--seeds", "N", number(1, high=1000), "runs per method, with seeds from --seed on", 1)

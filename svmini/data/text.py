@@ -129,7 +129,8 @@ def windows(tokens, length):
     y is x shifted by one token. Tokens that do not fill a window are dropped. Raises InputError if there is no window.
     """
     if len(tokens) < length + 1:
-        raise InputError(f"{len(tokens)} tokens do not fill a window of {length} + 1: use a longer text or shorter window")
+        raise InputError(f"{len(tokens)} tokens do not fill a window of {length} and the token that follows: "
+                         "use a longer text or a shorter window")
     n = (len(tokens) - 1) // length
     return tokens[:n * length].view(n, length), tokens[1:n * length + 1].view(n, length)
 
