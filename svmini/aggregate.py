@@ -47,13 +47,12 @@ def read_results(path):
         raise InputError(f"there is no file {path}: give the results.json of a comparison")
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        good = content["rows"] and all(ROW_KEYS <= row.keys() and isinstance(row["metric"], int | float | None)
-                                       for row in content["rows"])
+        if content["rows"] and all(ROW_KEYS <= row.keys() and isinstance(row["metric"], int | float | None)
+                                   for row in content["rows"]):
+            return content
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        good = False
-    if not good:
-        raise InputError(f"{path} is not a results.json of svmini: give the results.json of a comparison")
-    return content
+        pass
+    raise InputError(f"{path} is not a results.json of svmini: give the results.json of a comparison")
 
 
 def check_comparable(contents):

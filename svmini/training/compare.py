@@ -93,7 +93,8 @@ def run_all(learning_rates, seeds, base, make_task, train_kwargs, device_config,
     TrainConfig that all runs share. n_lrs: learning rates to try per method with the first seed, see `lr_sweep`.
     metadata: plain values for the adapter files, in addition to the name of the data. The others: see `run`.
 
-    Returns (rows, task of the last seed). A base model without a new head gets the row zero-shot.
+    Returns (rows, task of the last seed). A base model without a new head gets the row zero-shot. Raises Diverged if
+    every method diverged.
     """
     rows, sweep = [], None
     if not resume:
@@ -115,6 +116,7 @@ def run_all(learning_rates, seeds, base, make_task, train_kwargs, device_config,
             print(line(rows[-1]))
     fill_gap_recovered(rows)
     write(out, rows, task, train_kwargs, device_config, base_metadata, sweep)
+    check_not_all_diverged(rows)
     return rows, task
 
 
