@@ -16,9 +16,9 @@ from ..adapting import (adapt, count_trainable, digests, find_linears, fingerpri
 from ..errors import InputError
 from ..methods import METHODS, WITHOUT_ADAPTERS, canonical_spec, options_of, parse_spec
 from ..model_file import derived_metadata, save_model
-from .checkpoint import RunFolder, after_json, check_run_config, delete_run, file_name, read_json
+from . import report
+from .checkpoint import RunFolder, check_run_config, delete_run, file_name, read_json
 from .loop import Diverged, TrainConfig, evaluate, train
-from .report import line, lr_sweep_lines, start_and_full, write
 
 
 # ---- which methods, at which learning rates ----
@@ -104,18 +104,18 @@ def run_all(learning_rates, seeds, base, make_task, train_kwargs, device_config,
         if seed == seeds[0] and n_lrs:
             kwargs = train_kwargs | {"seed": seed}
             sweep = lr_sweep(learning_rates, base, task, kwargs, device_config, out, n_lrs, resume)
-            print(f"learning rates by {task.metric} on validation data:", *lr_sweep_lines(sweep), sep="\n")
+            print(f"learning rates by {task.metric} on validation data:", *report.lr_sweep_lines(sweep), sep="\n")
             learning_rates = {spec: sweep[spec]["best"] or lr for spec, lr in learning_rates.items()}
         if seed == seeds[0] and not base.also_train:
             rows.append(zero_shot_row(base, task, seed, device_config))
-            print(line(rows[-1]))
+            print(report.line(rows[-1]))
         for spec, lr in learning_rates.items():
             config = TrainConfig(lr=lr, seed=seed, **train_kwargs)
             rows.append(run(spec, base, task, config, device_config, out, base_metadata=base_metadata,
                             metadata={"data": task.name} | metadata, resume=resume, **saving))
-            print(line(rows[-1]))
+            print(report.line(rows[-1]))
     fill_gap_recovered(rows)
-    write(out, rows, task, train_kwargs, device_config, base_metadata, sweep)
+    report.write(out, rows, task, train_kwargs, device_config, base_metadata, sweep)
     check_not_all_diverged(rows)
     return rows, task
 
@@ -192,7 +192,7 @@ def fill_gap_recovered(rows):
     The start is the linear probe (row head) for a ViT, and the base model itself (row zero-shot) for a GPT.
     """
     for row in rows:
-        start, full = start_and_full(rows, row["seed"])
+        start, full = report.start_and_full(rows, row["seed"])
         if None not in (start, full, row["metric"]) and (full > start) == row["higher_is_better"] and full != start:
             row["gap_recovered"] = (row["metric"] - start) / (full - start)
 
@@ -233,7 +233,7 @@ def lr_sweep(learning_rates, base, task, train_kwargs, device_config, out, n, re
     """
     path, scores = Path(out) / "lr_sweep.json", {}
     run_config = run_config_of(base, task, TrainConfig(lr=0.0, **train_kwargs), device_config)
-    run_config = after_json(run_config) | {"lr": None, "lr_sweep": n}
+    run_config |= {"lr": None, "lr_sweep": n}
     if not resume:
         path.unlink(missing_ok=True)   # a later --resume must not find it
     elif path.is_file():
