@@ -70,8 +70,7 @@ def compare_methods(argv):
 
 
 def pretrain_only(argv):
-    sizes = {"image_size": None, "patch_size": None, **MODEL}
-    flags = cli.pretraining_parser("train_vit.py", "Train a ViT from scratch.", DATA, **sizes).parse_args(argv)
+    flags = pretraining_flags(argv)
     device_config, out = resolve_device(flags.device, flags.dtype, flags.compile), cli.out_folder(flags, "vit")
     model, task, metadata = new_base(flags, flags.data, device_config)
     device_config = prepare_device(device_config, model)
@@ -99,6 +98,11 @@ def adapting_flags(argv):
     if (flags.per_class or flags.val_per_class) and flags.data == "glyphs":
         p.error("--per-class and --val-per-class belong to real datasets; the glyphs have 50 images per class")
     return flags
+
+
+def pretraining_flags(argv):
+    sizes = {"image_size": None, "patch_size": None, **MODEL}
+    return cli.pretraining_parser("train_vit.py", "Train a ViT from scratch.", DATA, **sizes).parse_args(argv)
 
 
 def new_base(flags, data, device_config):

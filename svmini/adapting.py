@@ -120,8 +120,7 @@ def find_linears(model, targets, also_train=()):
         if not matched:
             fused = "in_proj" in target and any(isinstance(m, nn.MultiheadAttention) for m in modules.values())
             reason = " (nn.MultiheadAttention holds query, key and value in one parameter)" if fused else ""
-            meant = nearest(target, possible_targets(model, also_train))
-            raise InputError(f"target {target!r} matches no layer{meant}{reason}; {offers(model, also_train)}")
+            raise InputError(f"target {target!r} matches no layer{reason}; {offers(model, also_train, target)}")
         adapted = [name for name in matched if not is_inside(name, also_train)]
         if not adapted:
             raise InputError(f"{matched[0]} is trained in full by also_train: remove {target!r} from the targets")
@@ -164,8 +163,9 @@ def why_not(module, tied=()):
         return "has weights that are not finite"
 
 
-def possible_targets(model, also_train=()):
-    """Targets that would be accepted: for each layer the shortest end of its path that matches nothing else."""
+def offers(model, also_train=(), target=""):
+    """List targets that would be accepted: for each layer the shortest end of its path that matches nothing else.
+    target: a name that matched no layer; the most similar target is then suggested."""
     modules, tied = modules_of(model), tied_parameters(model)
     good = [name for name, module in modules.items() if not is_inside(name, also_train) and not why_not(module, tied)]
     bad, found = modules.keys() - good, {}
@@ -174,13 +174,7 @@ def possible_targets(model, also_train=()):
         ends = [".".join(steps[i:]) for i in range(len(steps)) if i == 0 or not steps[i].isdigit()]   # longest first
         ends = [end for end in ends if not any(ends_in(other, end) for other in bad)]
         found |= dict.fromkeys(ends[-1:])
-    return list(found)
-
-
-def offers(model, also_train=()):
-    """Say which targets would be accepted."""
-    found = possible_targets(model, also_train)
-    shown = ", ".join(found[:20]) + (", ..." if len(found) > 20 else "")
+    shown = ", ".join(list(found)[:20]) + (", ..." if len(found) > 20 else "") + nearest(target, found)
     return f"targets can be: {shown}" if found else "this model has no nn.Linear that can be adapted"
 
 

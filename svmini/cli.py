@@ -26,8 +26,8 @@ class Parser(argparse.ArgumentParser):
 
     def flag(self, name, metavar, kind, text, default=None, shown=None, group=None, **more):
         """Add a flag. Its help ends with the default, or with `shown` if that says more. kind: an argparse type."""
-        (group or self).add_argument(name, metavar=metavar, type=kind, default=default,
-                                     help=f"{text} (default: {shown or default})", **more)
+        end = "required" if more.get("required") else f"default: {shown or default}"
+        (group or self).add_argument(name, metavar=metavar, type=kind, default=default, help=f"{text} ({end})", **more)
 
     def error(self, message):
         _, _, unknown = message.partition("unrecognized arguments: ")
@@ -99,10 +99,8 @@ def add_device(p):
 
 def add_model(p, names="a name of published weights", adapter_required=False):
     """Add the flags of a base model and its adapter. names: how the help refers to published weights."""
-    p.add_argument("--init", required=True, metavar="MODEL",
-                   help=f"base model: a model file, a file of published weights, or {names} (required)")
-    p.add_argument("--adapter", required=adapter_required, metavar="FILE",
-                   help=f"adapter file for the base model ({'required' if adapter_required else 'default: none'})")
+    p.flag("--init", "MODEL", str, f"base model: a model file, a file of published weights, or {names}", required=True)
+    p.flag("--adapter", "FILE", str, "adapter file for the base model", shown="none", required=adapter_required)
     add_n_head(p)
 
 

@@ -16,7 +16,7 @@ from .training.device import resolve_device
 def command(argv):
     p = Parser("-m svmini.generate", "Continue a text with a GPT.")
     add_model(p, "gpt2, ...")
-    p.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue (required)")
+    p.flag("--prompt", "TEXT", str, "text to continue", required=True)
     p.flag("--max-new-tokens", "N", number(1), "number of tokens to add", 100)
     p.flag("--temperature", "X", number(0, float), "sampling temperature, 0 for greedy decoding", 0.8)
     p.flag("--top-k", "K", number(1), "sample from the K most likely tokens", shown="all")

@@ -30,12 +30,10 @@ def plan(specs, base, targets, learning_rates, lr=None, head_lr=None):
     learning_rates: tuned learning rates by spec. lr: one learning rate for all methods instead. head_lr: the one of the
     linear probe (spec: head) instead. Raises InputError for a spec that does not fit the base model, before any work.
     """
-    tuned, planned, seen = {canonical_spec(spec): value for spec, value in learning_rates.items()}, {}, set()
+    tuned, planned, unique = {canonical_spec(spec): value for spec, value in learning_rates.items()}, {}, {}
     for spec in specs:
-        meaning = check_spec(spec, base, targets)
-        if meaning in seen:
-            continue
-        seen.add(meaning)
+        unique.setdefault(check_spec(spec, base, targets), spec)
+    for spec in unique.values():
         method, _, own_targets = parse_spec(spec)
         default = METHODS[method].lr if method in METHODS else 1e-3
         has_targets = own_targets or not targets or method in WITHOUT_ADAPTERS
