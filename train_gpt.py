@@ -8,7 +8,7 @@ import torch
 from svmini import GPT, GPTConfig, analyze, cli, model_file
 from svmini.data.arithmetic import Arithmetic
 from svmini.data.qa import QuestionAnswering, split_pairs
-from svmini.data.text import LanguageModeling, read_text, split_text
+from svmini.data.text import LanguageModeling, read_text
 from svmini.data.tokenizers import bpe_tokenizer, tokenizer_of, train_bpe
 from svmini.errors import InputError
 from svmini.training import compare, pretrain, report
@@ -48,66 +48,49 @@ def compare_methods(argv):
     flags = adapting_flags(argv)
     device_config, out = resolve_device(flags.device, flags.dtype, flags.compile), cli.out_folder(flags, "gpt")
     kind = kind_of(flags.data)
-    source = open_source(flags, kind)                                          # missing data fails here
+    base_kind = "text" if kind == "pairs" else kind   # pairs have the base model and the learning rates of text
     if flags.init:
         base, metadata = model_file.load_base(flags.init, GPT, flags.n_head)
         metadata = metadata | {"tokenizer": model_file.tokenizer_of_model(base, metadata, flags.init)}
     else:
-        base, base_task, metadata = new_base(flags, flags.base_data or default_base(kind), device_config)
+        base_data = flags.base_data or ("stdlib" if base_kind == "text" else "arithmetic")
+        base, base_task, metadata = new_base(flags, base_data, device_config)
     device_config = prepare_device(device_config, base)
     specs = flags.methods or (QUICK if flags.quick else MAIN)
     if specs == ["all"]:
         specs = compare.all_specs(MAIN, base, flags.targets)
-    learning_rates = compare.plan(specs, base, flags.targets, tuned_learning_rates(kind, metadata["published"]),
-                                  flags.lr)                                    # a spec that does not fit fails here
+    tuned = LEARNING_RATES["published" if metadata["published"] else base_kind]
+    learning_rates = compare.plan(specs, base, flags.targets, tuned, flags.lr)   # a spec that does not fit fails here
     print(compare.describe_targets(base, flags.targets))
-    task = open_task(flags, kind, source, base.config, metadata["tokenizer"], device_config)
+    task = open_task(flags, kind, base.config, metadata["tokenizer"], device_config)   # missing data fails here
     if not flags.init:
-        config = PRETRAIN["arithmetic" if kind == "arithmetic" else "text"]
+        config = PRETRAIN[base_kind]
         config = replace(config, steps=config.steps // (4 if flags.quick else 1), seed=flags.seed)
         base, metadata = pretrain.pretrain(base, base_task, config, device_config, out / "pretrain", metadata,
                                            **cli.saving(flags))
     quick = {"steps": ADAPT[kind]["steps"] // 2} if flags.quick else {}
-    train_kwargs = ADAPT[kind] | quick | cli.training_flags(flags)
-    seeds = range(flags.seed, flags.seed + flags.seeds)
-    if not flags.resume:
-        compare.delete_runs(learning_rates, seeds, out)
-    sweep = None
-    if flags.lr_sweep:
-        sweep = compare.lr_sweep(learning_rates, base, task, train_kwargs | {"seed": flags.seed}, device_config, out,
-                                 flags.lr_sweep, flags.resume)
-        print(f"learning rates by {task.metric} on validation data:", *report.lr_sweep_lines(sweep), sep="\n")
-        learning_rates = {spec: sweep[spec]["best"] or lr for spec, lr in learning_rates.items()}
-    rows = [compare.zero_shot_row(base, task, flags.seed, device_config)]
-    print(report.line(rows[0]))
-    for seed in seeds:
-        for spec, lr in learning_rates.items():
-            config = TrainConfig(lr=lr, seed=seed, **train_kwargs)
-            rows.append(compare.run(spec, base, task, config, device_config, out, base_metadata=metadata,
-                                    metadata={"data": task.name}, **cli.saving(flags)))
-            print(report.line(rows[-1]))
-    compare.fill_gap_recovered(rows)
-    report.write(out, rows, task, train_kwargs, device_config, metadata, sweep)
+    rows, _ = compare.run_all(
+        learning_rates, range(flags.seed, flags.seed + flags.seeds), base, lambda seed: task,
+        ADAPT[kind] | quick | cli.training_flags(flags), device_config, out, base_metadata=metadata, metadata={},
+        n_lrs=flags.lr_sweep, **cli.saving(flags))
     analyze.draw_best(out, rows, base)
     if flags.quick:
         print(report.SMOKE_TEST)
     show_samples(rows)
-    compare.check_not_all_diverged(rows)
 
 
 def pretrain_only(argv):
     flags = pretraining_flags(argv)
     device_config, out = resolve_device(flags.device, flags.dtype, flags.compile), cli.out_folder(flags, "gpt")
-    model, task, metadata = new_base(flags, flags.data, device_config, flags)
+    model, task, metadata = new_base(flags, flags.data, device_config)
     device_config = prepare_device(device_config, model)
-    config = replace(PRETRAIN[kind_of(flags.data)], seed=flags.seed, **cli.given(flags, "lr"),
-                     **cli.training_flags(flags))
+    config = replace(PRETRAIN[kind_of(flags.data)], seed=flags.seed, **cli.training_flags(flags, "lr"))
     pretrain.pretrain(model, task, config, device_config, out / "pretrain", metadata, **cli.saving(flags))
 
 
 def adapting_flags(argv):
     p = cli.adapting_parser("train_gpt.py", __doc__, DATA, "a name such as gpt2, gpt2-medium")
-    p.add_argument("--block-size", type=cli.number(2), metavar="N", help=f"tokens of context (default: {BLOCK_SIZE})")
+    p.flag("--block-size", "N", cli.number(2), "tokens of context", shown=BLOCK_SIZE)
     flags = p.parse_args(argv)
     if flags.init is None and flags.n_head:
         p.error("--n-head belongs to the base model that --init loads: add --init")
@@ -131,28 +114,11 @@ def kind_of(data):
     return "arithmetic" if data == "arithmetic" else "pairs" if data == "gsm8k" or data.startswith("qa:") else "text"
 
 
-def default_base(kind):
-    """Return the dataset for pretraining a base model when neither --init nor --base-data is given."""
-    return "arithmetic" if kind == "arithmetic" else "stdlib"
+def open_task(flags, kind, config, tokenizer, device_config):
+    """Return the task to adapt to, in the tokens of the base model. config: of the base model.
 
-
-def tuned_learning_rates(kind, published):
-    """Return {method spec: learning rate} for a kind of data, or for a base model with published weights."""
-    return LEARNING_RATES["published" if published else "arithmetic" if kind == "arithmetic" else "text"]
-
-
-def open_source(flags, kind):
-    """Open the data to adapt to: a text, pairs, or None for arithmetic. --data arithmetic means two datasets:
-    additions for pretraining, subtractions for adaptation."""
-    if kind == "text":
-        text = read_text(flags.data, flags.data_dir)
-        split_text(text)   # a text that is too short fails here, not after pretraining
-        return text
-    return split_pairs(flags.data, flags.data_dir) if kind == "pairs" else None
-
-
-def open_task(flags, kind, source, config, tokenizer, device_config):
-    """Return the task to adapt to, in the tokens of the base model. config: of the base model."""
+    --data arithmetic means two datasets: additions for pretraining, subtractions for adaptation.
+    """
     if (tokenizer == "arithmetic") != (kind == "arithmetic"):
         was, needed = ("text", "arithmetic") if kind == "arithmetic" else ("arithmetic", "text")
         raise InputError(f"{flags.init or flags.base_data} was trained on {was}, which does not go with --data "
@@ -163,17 +129,18 @@ def open_task(flags, kind, source, config, tokenizer, device_config):
         if flags.block_size and flags.block_size > config.block_size:
             raise InputError(f"--block-size {flags.block_size} exceeds the {config.block_size} tokens of the model: "
                              "give a smaller one")
-        block_size = min(flags.block_size or BLOCK_SIZE, config.block_size)
-        task = LanguageModeling(flags.data, source, tokenizer_of(tokenizer), block_size, device_config.device,
+        text, block_size = read_text(flags.data, flags.data_dir), min(flags.block_size or BLOCK_SIZE, config.block_size)
+        task = LanguageModeling(flags.data, text, tokenizer_of(tokenizer), block_size, device_config.device,
                                 seed=flags.seed)
     else:
-        task = QuestionAnswering(flags.data, source, tokenizer_of(tokenizer), config.block_size, device_config.device)
+        pairs = split_pairs(flags.data, flags.data_dir)
+        task = QuestionAnswering(flags.data, pairs, tokenizer_of(tokenizer), config.block_size, device_config.device)
     print(task.describe())
     return task
 
 
-def new_base(flags, data, device_config, sizes=None):
-    """Return an untrained GPT for a dataset, its task and its metadata. sizes: flags of pretrain."""
+def new_base(flags, data, device_config):
+    """Return an untrained GPT for a dataset, its task and its metadata."""
     if data == "arithmetic":
         task, vocab_size, block_size = Arithmetic("+", device_config.device), Arithmetic.vocab_size, Arithmetic.length
         metadata = {"data": task.name, "tokenizer": "arithmetic"}
@@ -184,7 +151,8 @@ def new_base(flags, data, device_config, sizes=None):
         print(task.describe())
         vocab_size = len(ranks)
         metadata = {"data": f"{data} {task.data_config['sha256'][:12]}", "tokenizer": ranks}
-    shape = MODEL[kind_of(data)] | (cli.given(sizes, "n_layer", "n_head", "d_model") if sizes else {})
+    shape = MODEL[kind_of(data)]
+    shape = shape | cli.given(flags, *shape)
     torch.manual_seed(flags.seed)
     model = GPT(GPTConfig(vocab_size, block_size, **shape))
     return model, task, metadata | {"published": False}
@@ -193,12 +161,9 @@ def new_base(flags, data, device_config, sizes=None):
 def show_samples(rows):
     """Print how the base model and the best adapter of the first seed continue the same prompt or solve the same
     problems."""
-    first = [r for r in rows if r["seed"] == rows[0]["seed"] and r["sample"]]
-    sign = 1 if rows[0]["higher_is_better"] else -1
-    best = max((r for r in first if r["method"] not in ("zero-shot", "full")), default=None,
-               key=lambda r: sign * r["metric"])
-    for title, row in (("before", first[0]), (f"after, {best and best['method']}", best)):
-        if row is not None:
+    best = report.best_of(rows, lambda spec: spec not in ("zero-shot", "full"))
+    for title, row in (("before", rows[0]), (f"after, {best and best['method']}", best)):
+        if row is not None and row["sample"]:
             print(f"\n--- {title} ---\n" + "\n".join(row["sample"]))
 
 

@@ -14,7 +14,7 @@ from svmini.training.learning_rates import VIT_LEARNING_RATES as LEARNING_RATES
 from svmini.training.loop import TrainConfig
 
 # dataset to adapt to: dataset that a base model is pretrained on when --init is not given
-DATA = {"glyphs": "glyphs", **{name: dataset.base_data for name, dataset in IMAGE_DATASETS.items()}, "folder:PATH": None}
+DATA = {"glyphs": "glyphs"} | {name: d.base_data for name, d in IMAGE_DATASETS.items()} | {"folder:PATH": None}
 MODEL = {"n_layer": 4, "n_head": 4, "d_model": 128}   # of a base model that is pretrained here
 # a large weight decay moves the weights away from their random initialization: docs/results.md
 PRETRAIN = TrainConfig(steps=1600, lr=2e-3, batch_size=32, warmup_ratio=0.05, schedule="cosine", weight_decay=2.0,
@@ -33,7 +33,8 @@ def compare_methods(argv):
     """Run a comparison; read downwards: data, base model, methods, then every seed and method, then the table."""
     flags = adapting_flags(argv)
     device_config, out = resolve_device(flags.device, flags.dtype, flags.compile), cli.out_folder(flags, "vit")
-    source = open_adaptation_images(flags)                                     # missing data fails here
+    name = "glyphs B" if flags.data == "glyphs" else flags.data                # a base is pretrained on glyphs A
+    source = open_images(name, flags.data_dir, flags.seed, flags.per_class or 50, flags.val_per_class)
     print(describe(source))
     if flags.init:
         base, metadata = model_file.load_base(flags.init, ViT, flags.n_head)
@@ -45,8 +46,9 @@ def compare_methods(argv):
     specs = flags.methods or (QUICK if flags.quick else MAIN)
     if specs == ["all"]:
         specs = compare.all_specs(MAIN, base, flags.targets)
-    learning_rates = compare.plan(specs, base, flags.targets, tuned_learning_rates(flags.data, metadata["published"]),
-                                  flags.lr, flags.head_lr)                     # a spec that does not fit fails here
+    tuned = (LEARNING_RATES["published"] if metadata["published"] else
+             LEARNING_RATES["glyphs"] | LEARNING_RATES.get(flags.data, {}))
+    learning_rates = compare.plan(specs, base, flags.targets, tuned, flags.lr, flags.head_lr)   # a bad spec fails here
     print(compare.describe_targets(base, flags.targets))
     if not flags.init:
         config = replace(PRETRAIN, steps=PRETRAIN.steps // (4 if flags.quick else 1), seed=flags.seed)
@@ -54,51 +56,39 @@ def compare_methods(argv):
                                            **cli.saving(flags))
     base.reset_classifier(len(source.classes))
     train_kwargs = ADAPT | ({"steps": ADAPT["steps"] // 2} if flags.quick else {}) | cli.training_flags(flags)
-    seeds = range(flags.seed, flags.seed + flags.seeds)
-    if not flags.resume:
-        compare.delete_runs(learning_rates, seeds, out)
-    rows, sweep = [], None
-    for seed in seeds:
-        task = ImageClassification(source, seed, base.config, device_config.device, not flags.no_augment)
-        if seed == flags.seed and flags.lr_sweep:
-            sweep = compare.lr_sweep(learning_rates, base, task, train_kwargs | {"seed": seed}, device_config, out,
-                                     flags.lr_sweep, flags.resume)
-            print(f"learning rates by {task.metric} on validation images:", *report.lr_sweep_lines(sweep), sep="\n")
-            learning_rates = {spec: sweep[spec]["best"] or lr for spec, lr in learning_rates.items()}
-        for spec, lr in learning_rates.items():
-            config = TrainConfig(lr=lr, seed=seed, **train_kwargs)
-            rows.append(compare.run(spec, base, task, config, device_config, out, base_metadata=metadata,
-                                    metadata=adapter_metadata(task, base, flags.seed), **cli.saving(flags)))
-            print(report.line(rows[-1]))
-    compare.fill_gap_recovered(rows)
-    report.write(out, rows, task, train_kwargs, device_config, metadata, sweep)
+    metadata_of_adapters = {   # with which svmini.predict finds the images and names the classes
+        "data_seed": flags.seed, "image_size": base.config.image_size, "classes": source.classes}
+    rows, task = compare.run_all(
+        learning_rates, range(flags.seed, flags.seed + flags.seeds), base,
+        lambda seed: ImageClassification(source, seed, base.config, device_config.device, not flags.no_augment),
+        train_kwargs, device_config, out, base_metadata=metadata, metadata=metadata_of_adapters, n_lrs=flags.lr_sweep,
+        **cli.saving(flags))
     analyze.draw_best(out, rows, base)
     save_predictions(out, task, rows)
     if flags.quick:
         print(report.SMOKE_TEST)
-    compare.check_not_all_diverged(rows)
 
 
 def pretrain_only(argv):
     flags = pretraining_flags(argv)
     device_config, out = resolve_device(flags.device, flags.dtype, flags.compile), cli.out_folder(flags, "vit")
-    model, task, metadata = new_base(flags, flags.data, device_config, flags)
+    model, task, metadata = new_base(flags, flags.data, device_config)
     device_config = prepare_device(device_config, model)
-    config = replace(PRETRAIN, seed=flags.seed, **cli.given(flags, "lr"), **cli.training_flags(flags))
+    config = replace(PRETRAIN, seed=flags.seed, **cli.training_flags(flags, "lr"))
     pretrain.pretrain(model, task, config, device_config, out / "pretrain", metadata, **cli.saving(flags))
 
 
 def adapting_flags(argv):
     p = cli.adapting_parser("train_vit.py", __doc__, DATA, "a name such as vit_b_16, dinov2_vits14")
-    a = p.add_argument
-    a("--head-lr", type=cli.number(0, float, True), metavar="X",
-      help=f"learning rate of the head (default: {ADAPT['head_lr']:g}; for the method head: a tuned one)")
-    a("--per-class", type=cli.number(2), metavar="N",
-      help="images per class of a real dataset, a fifth of them for validation (default: 50; papers: 10)")
-    a("--val-per-class", type=cli.number(1), metavar="N",
-      help="validation images per class, in addition to --per-class (default: a fifth of --per-class)")
-    a("--no-augment", action="store_true", help="do not mirror and shift natural images (default: augment)")
-    a("--image-size", type=cli.number(1), metavar="N", help="side of the images in pixels (default: by --init)")
+    p.flag("--head-lr", "X", cli.number(0, float, True), "learning rate of the head",
+           shown=f"{ADAPT['head_lr']:g}; for the method head: a tuned one")
+    p.flag("--per-class", "N", cli.number(2), "images per class of a real dataset, a fifth of them for validation",
+           shown="50; papers: 10")
+    p.flag("--val-per-class", "N", cli.number(1), "validation images per class, in addition to --per-class",
+           shown="a fifth of --per-class")
+    p.add_argument("--no-augment", action="store_true",
+                   help="do not mirror and shift natural images (default: augment)")
+    p.flag("--image-size", "N", cli.number(1), "side of the images in pixels", shown="by --init")
     flags = p.parse_args(argv)
     if flags.init is None and (flags.image_size or flags.n_head):
         p.error("--image-size and --n-head belong to the base model that --init loads: add --init")
@@ -115,43 +105,24 @@ def pretraining_flags(argv):
     return cli.pretraining_parser("train_vit.py", "Train a ViT from scratch.", DATA, **sizes).parse_args(argv)
 
 
-def tuned_learning_rates(data, published):
-    """Return {method spec: learning rate} for a dataset, or for a base model with published weights."""
-    return LEARNING_RATES["published"] if published else LEARNING_RATES["glyphs"] | LEARNING_RATES.get(data, {})
-
-
-def open_adaptation_images(flags):
-    """Open the images to adapt to. --data glyphs means two datasets: A for pretraining, B for adaptation."""
-    if flags.data == "glyphs":
-        return open_images("glyphs B", None, flags.seed)
-    return open_images(flags.data, flags.data_dir, flags.seed, flags.per_class or 50, flags.val_per_class)
-
-
-def new_base(flags, data, device_config, sizes=None):
-    """Return an untrained ViT for a dataset, its task and its metadata. sizes: flags of pretrain."""
+def new_base(flags, data, device_config):
+    """Return an untrained ViT for a dataset, its task and its metadata."""
     source = open_images("glyphs A" if data == "glyphs" else data, flags.data_dir, flags.seed)
     print(describe(source))
-    image_size = (sizes and sizes.image_size) or min(source.side or 32, 32)
-    patch_size = (sizes and sizes.patch_size) or min(source.side or 32, 32) // 4
-    shape = MODEL if sizes is None else cli.given(sizes, *MODEL)
-    config = ViTConfig(image_size, patch_size, len(source.mean), len(source.classes), **shape,
-                       mean=source.mean, std=source.std)
+    side = min(source.side or 32, 32)
+    sizes = {"image_size": side, "patch_size": side // 4, **MODEL}
+    config = ViTConfig(in_channels=len(source.mean), num_classes=len(source.classes), mean=source.mean, std=source.std,
+                       **sizes | cli.given(flags, *sizes))
     torch.manual_seed(flags.seed)
     model = ViT(config)
     metadata = {"data": source.name, "data_seed": flags.seed, "classes": source.classes, "published": False}
     return model, ImageClassification(source, flags.seed, config, device_config.device), metadata
 
 
-def adapter_metadata(task, base, data_seed):
-    """Return the metadata of an adapter file, with which svmini.predict finds the images and names the classes."""
-    return {"data": task.name, "data_seed": data_seed, "image_size": base.config.image_size, "classes": task.classes}
-
-
 def save_predictions(out, task, rows):
     """Save out/predictions.png: test images with the predictions of the linear probe and of the best adapter."""
-    first = [r for r in rows if r["seed"] == rows[0]["seed"] and r["sample"]]
-    head = next((r["sample"] for r in first if r["method"] == "head"), None)
-    best = max((r for r in first if r["method"] not in ("head", "full")), key=lambda r: r["metric"], default=None)
+    head = next((r["sample"] for r in rows if r["method"] == "head"), None)
+    best = report.best_of(rows, lambda spec: spec not in ("head", "full"))
     if best is not None:
         save_grid(out / "predictions.png", *task.samples(), head, best["sample"], task.classes)
         before = "before (linear probe) and " if head else ""

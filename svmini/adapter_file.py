@@ -110,7 +110,7 @@ def check_base(content, model, tensors, base):
             raise InputError(f"it holds {name} of shape {tuple(value.shape)} in {value.dtype}, the model has {has}")
     if content["base"] != fingerprint(base, content["trained"]):
         raise InputError("it was trained on another base model: load the weights that training started from, a ViT at "
-                         f"the same image size (the base was in {content['dtype']}, this model is in {dtype_of(model)})")
+                         f"its image size (the base was in {content['dtype']}, this model is in {dtype_of(model)})")
 
 
 def rebuild(name, linear, content, saved):

@@ -120,7 +120,7 @@ def find_linears(model, targets, also_train=()):
         if not matched:
             fused = "in_proj" in target and any(isinstance(m, nn.MultiheadAttention) for m in modules.values())
             reason = " (nn.MultiheadAttention holds query, key and value in one parameter)" if fused else ""
-            raise InputError(f"target {target!r} matches no layer{reason}; {offers(model, also_train)}")
+            raise InputError(f"target {target!r} matches no layer{reason}; {offers(model, also_train, target)}")
         adapted = [name for name in matched if not is_inside(name, also_train)]
         if not adapted:
             raise InputError(f"{matched[0]} is trained in full by also_train: remove {target!r} from the targets")
@@ -157,12 +157,15 @@ def why_not(module, tied=()):
         return "has hooks, which an adapter would lose: remove them first"
     if module.weight.dtype not in (*TRAINABLE_DTYPES, *HALF_DTYPES):
         return f"has weights in {module.weight.dtype}: convert the model to float32 or bfloat16"
+    if not module.weight.numel():
+        return f"has a weight of size zero, {tuple(module.weight.shape)}"
     if not module.weight.isfinite().all():
         return "has weights that are not finite"
 
 
-def offers(model, also_train=()):
-    """List targets that would be accepted: for each layer the shortest end of its path that matches nothing else."""
+def offers(model, also_train=(), target=""):
+    """List targets that would be accepted: for each layer the shortest end of its path that matches nothing else.
+    target: a name that matched no layer; the most similar target is then suggested."""
     modules, tied = modules_of(model), tied_parameters(model)
     good = [name for name, module in modules.items() if not is_inside(name, also_train) and not why_not(module, tied)]
     bad, found = modules.keys() - good, {}
@@ -171,7 +174,7 @@ def offers(model, also_train=()):
         ends = [".".join(steps[i:]) for i in range(len(steps)) if i == 0 or not steps[i].isdigit()]   # longest first
         ends = [end for end in ends if not any(ends_in(other, end) for other in bad)]
         found |= dict.fromkeys(ends[-1:])
-    shown = ", ".join(list(found)[:20]) + (", ..." if len(found) > 20 else "")
+    shown = ", ".join(list(found)[:20]) + (", ..." if len(found) > 20 else "") + nearest(target, found)
     return f"targets can be: {shown}" if found else "this model has no nn.Linear that can be adapted"
 
 

@@ -23,9 +23,8 @@ BASE_MAY_DIFFER = {"seed", "sha256", "dtype"}   # keys of the run config of a ba
 def command(argv):
     p = Parser("-m svmini.aggregate", "Make one table of several comparisons.")
     p.add_argument("results", nargs="+", metavar="FILE", help="results.json of each comparison (required)")
-    p.add_argument("--baseline", default=report.REFERENCE, metavar="SPEC",
-                   help=f"method that the others are compared with (default: {report.REFERENCE})")
-    p.add_argument("--plot", metavar="FILE", help="PNG file for a plot of the table (default: no plot)")
+    p.flag("--baseline", "SPEC", str, "method that the others are compared with", report.REFERENCE)
+    p.flag("--plot", "FILE", str, "PNG file for a plot of the table", shown="no plot")
     flags = p.parse_args(argv)
     contents = {path: read_results(path) for path in flags.results}
     if len({Path(path).resolve() for path in flags.results}) < len(flags.results):
@@ -44,17 +43,16 @@ def command(argv):
 
 def read_results(path):
     """Return the content of a results.json. Raises InputError if the file is something else."""
+    if not Path(path).is_file():
+        raise InputError(f"there is no file {path}: give the results.json of a comparison")
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        good = content["rows"] and all(ROW_KEYS <= row.keys() and isinstance(row["metric"], int | float | None)
-                                       for row in content["rows"])
-    except FileNotFoundError:
-        raise InputError(f"there is no file {path}: give the results.json of a comparison") from None
+        if content["rows"] and all(ROW_KEYS <= row.keys() and isinstance(row["metric"], int | float | None)
+                                   for row in content["rows"]):
+            return content
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        good = False
-    if not good:
-        raise InputError(f"{path} is not a results.json of svmini: give the results.json of a comparison")
-    return content
+        pass
+    raise InputError(f"{path} is not a results.json of svmini: give the results.json of a comparison")
 
 
 def check_comparable(contents):

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from . import files
 from .adapter_file import load_adapter
 from .adapting import adapters_of, unwrap
 from .cli import Parser, add_model, run_command
@@ -24,10 +23,8 @@ from .methods import parse_spec
 from .methods.svd import thin_svd
 from .model_file import load_any, with_adapter
 from .training.compare import run_path
-from .training.report import markdown
+from .training.report import best_of, figure, markdown
 
-STYLE = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "text.color"), "#808080") | {
-    "legend.frameon": False, "legend.fontsize": "small"}   # a gray that is readable on light and dark pages
 NOTES = """σ: the largest, median and smallest singular value
 leading quarter: ‖U_kᵀ ΔW V_k‖² / ‖ΔW‖² for the k = D/4 leading directions of the base; in a square matrix it is 6 % if
 ΔW prefers no direction, 25 % if ΔW is spread evenly along the diagonal
@@ -96,17 +93,13 @@ def table_lines(layers):
 
 def draw(path, layers, method, options):
     """Write the figure as a PNG: one column per target, means over its layers. Returns False without matplotlib."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure   # not pyplot, which would switch the backend of a notebook
-    except ImportError:
-        return False
     groups, diagonal = by_target(layers), trains_diagonal(method, options)
     d = options.get("off_diagonals", 0) if diagonal and options.get("pattern") == "banded" else 0
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(1.2 + 2.4 * len(groups), 4.8 if d else 3), layout="constrained")
-        grid = figure.subplots(1 + (d > 0), len(groups), sharex="col", sharey="row", squeeze=False,
-                               height_ratios=[2, 1] if d else [1])
+    with figure(path, (1.2 + 2.4 * len(groups), 4.8 if d else 3)) as drawn:
+        if drawn is None:
+            return False
+        grid = drawn.subplots(1 + (d > 0), len(groups), sharex="col", sharey="row", squeeze=False,
+                              height_ratios=[2, 1] if d else [1])
         for axes, ((target, _), results) in zip(grid[0], groups.items()):
             axes.plot(mean(results, "before"), color="C0", label="σ_i of the base")
             if diagonal:
@@ -119,10 +112,9 @@ def draw(path, layers, method, options):
             axes.set_title(target)
         grid[0, 0].legend()
         if d:
-            draw_bands(figure, grid, [band(mean(results, "C"), d) for results in groups.values()], d)
+            draw_bands(drawn, grid, [band(mean(results, "C"), d) for results in groups.values()], d)
         for axes in grid[-1]:
             axes.set_xlabel("i")
-        files.write_whole(path, lambda file: figure.savefig(file, dpi=120, format="png", transparent=True))
     return True
 
 
@@ -146,10 +138,8 @@ def band(C, d):
 def draw_best(out, rows, base):
     """After a comparison, draw out/analysis.png for the best SVFT or SVFit row of the first seed, from the adapter file
     of its run, and print what was drawn. base: the plain model. Does nothing if there is no such row."""
-    first = [r for r in rows if r["seed"] == rows[0]["seed"] and r["metric"] is not None and r["method"] != "zero-shot"
-             and trains_diagonal(*parse_spec(r["method"])[:2])]
-    if first:
-        best = max(first, key=lambda r: r["metric"] if r["higher_is_better"] else -r["metric"])
+    best = best_of(rows, lambda spec: spec != "zero-shot" and trains_diagonal(*parse_spec(spec)[:2]))
+    if best is not None:
         model = load_adapter(copy.deepcopy(base), run_path(out, best["method"], best["seed"]) / "adapter.pt")
         record, path = model.adaptation, Path(out) / "analysis.png"
         if draw(path, analyze_model(base, model, spectra=False), record["method"], record["options"]):
@@ -159,7 +149,7 @@ def draw_best(out, rows, base):
 def command(argv):
     p = Parser("-m svmini.analyze", "Show what an adapter changed: spectra, ranks and a figure.")
     add_model(p, adapter_required=True)
-    p.add_argument("--out", metavar="DIR", help="folder for analysis.png (default: the folder of the adapter)")
+    p.flag("--out", "DIR", str, "folder for analysis.png", shown="the folder of the adapter")
     flags = p.parse_args(argv)
     base, metadata = load_any(flags.init, n_head=flags.n_head)
     model, _ = with_adapter(copy.deepcopy(base), metadata, flags.adapter)

@@ -21,9 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from . import files
-from .adapting import adapt, find_linears, merge
+from .adapting import adapt, find_linears
 from .cli import Parser, add_device, names, number, run_command
-from .errors import InputError
 from .methods import parse_spec, svd
 from .models.transformer import Block, init_linears
 from .training import compare
@@ -36,6 +35,7 @@ VIT_BLOCK = {"causal": False, "gelu": "none", "eps": 1e-6}
 MODELS = {   # layers, width, heads, block, sequences per batch, tokens per sequence
     "tiny": (4, 128, 4, GPT_BLOCK, 8, 128), "vit_s_14": (12, 384, 6, VIT_BLOCK, 8, 50),
     "vit_b_16": (12, 768, 12, VIT_BLOCK, 8, 197), "gpt2": (12, 768, 12, GPT_BLOCK, 4, 512)}
+REFERENCES = "frozen", "full"   # rows that the others are compared with
 SPECS = ["head", "svfit", "svfit:rank=96", "svft:pattern=plain", "svft:off_diagonals=2", "svft:off_diagonals=8",
          "svft:pattern=random,off_diagonals=8", "lora:rank=8", "dora:rank=8", "vera:rank=256",
          "boft:block_size=4,factors=2"]
@@ -58,37 +58,33 @@ class Blocks(nn.Module):
 
 @dataclass(frozen=True)
 class Bench:
-    """What all rows share: x (B, T, d) and classes y (B,) on the device; inference: time only the forward pass."""
+    """What all rows share: x (B, T, d) and classes y (B,) on the device."""
     base: Blocks
     x: torch.Tensor
     y: torch.Tensor
     device_config: DeviceConfig
-    inference: bool = False
 
 
 class Step:
-    """A function without arguments: one training step with fused AdamW, which changes the model, or a forward pass."""
+    """A function without arguments: one training step with fused AdamW, which changes the model."""
 
     def __init__(self, model, bench):
-        self.forward, self.bench = model.to(bench.device_config.device).train(not bench.inference), bench
-        train_config = TrainConfig(steps=1, lr=1e-6, batch_size=len(bench.x))
-        self.optimizer = None if bench.inference else make_optimizer(model, train_config)
+        self.forward, self.bench = model.to(bench.device_config.device).train(), bench
+        self.optimizer = make_optimizer(model, TrainConfig(steps=1, lr=1e-6, batch_size=len(bench.x)))
 
     def __call__(self):
-        b = self.bench
-        with torch.inference_mode(b.inference), b.device_config.autocast():
-            logits = self.forward(b.x)
-        if not b.inference:
-            F.cross_entropy(logits, b.y).backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+        with self.bench.device_config.autocast():
+            logits = self.forward(self.bench.x)
+        F.cross_entropy(logits, self.bench.y).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 def row_model(spec, bench):
-    """Return a copy of the base for a row. The rows frozen and base train only the LayerNorms and the head, so that the
-    gradient passes every layer; the others are adapted."""
+    """Return a copy of the base for a row. The row frozen trains only the LayerNorms and the head, so that the gradient
+    passes every layer; the others are adapted."""
     model = copy.deepcopy(bench.base)
-    if spec not in ("frozen", "base"):
+    if spec != "frozen":
         method, options, targets = parse_spec(spec)
         return adapt(model, method, targets, **options)
     for name, p in model.named_parameters():
@@ -137,10 +133,9 @@ def measure_memory(step, model):
     cuda = step.bench.device_config.device.type == "cuda"
     before = torch.cuda.memory_allocated() if cuda else 0
     row = {"weights_mb": megabytes([*model.parameters(), *model.buffers()]), "flops": matmul_flops(step)}
-    if step.optimizer is not None:
-        row["activation_mb"] = activation_bytes(model, step) / 1e6
-        state = [t for values in step.optimizer.state.values() for t in values.values()]
-        row["state_mb"] = megabytes(state) + megabytes(step.optimizer.state)   # and a gradient per trained parameter
+    row["activation_mb"] = activation_bytes(model, step) / 1e6
+    state = [t for values in step.optimizer.state.values() for t in values.values()]
+    row["state_mb"] = megabytes(state) + megabytes(step.optimizer.state)   # and a gradient per trained parameter
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         step()
@@ -164,13 +159,13 @@ def time_rounds(steps, rounds, n, device):
     return times
 
 
-def measure(bench, references, specs, rounds, n):
-    """Return one dict per row: the references, the specs, and for inference the last spec's model merged."""
-    rows, steps, model = {}, {}, None
-    for spec in tqdm([*references, *specs, *["merged"] * bench.inference], "set up", leave=False, disable=None):
+def measure(bench, specs, rounds, n):
+    """Return one dict per row: the references, then the specs."""
+    rows, steps = {}, {}
+    for spec in tqdm([*REFERENCES, *specs], "set up", leave=False, disable=None):
         svd.clear_svd_cache()   # each row computes its own SVD
         started = time.perf_counter()
-        model = merge(copy.deepcopy(model)) if spec == "merged" else row_model(spec, bench)
+        model = row_model(spec, bench)
         rows[spec], steps[spec] = {"method": spec, "setup_s": time.perf_counter() - started}, Step(model, bench)
         rows[spec] |= measure_memory(steps[spec], model)
         if bench.device_config.compile:
@@ -179,38 +174,35 @@ def measure(bench, references, specs, rounds, n):
     times = time_rounds(steps, rounds, n, bench.device_config.device)
     for spec, row in rows.items():
         row |= {"ms": statistics.median(times[spec]), "times_ms": times[spec],
-                "x_flops": row["flops"] / rows[references[-1]]["flops"]}
-        row |= {f"x_{r}": [t / u for t, u in zip(times[spec], times[r])] for r in references}
+                "x_flops": row["flops"] / rows["full"]["flops"]}
+        row |= {f"x_{r}": [t / u for t, u in zip(times[spec], times[r])] for r in REFERENCES}
     return list(rows.values())
 
 
-def table_lines(rows, references, inference):
+def table_lines(rows):
     """Return the table as lines of Markdown, with the columns that were measured."""
     columns = {"weights_mb": "weights MB", "activation_mb": "activation MB", "state_mb": "gradients, AdamW MB",
                "peak_mb": "peak MB", "setup_s": "set-up s"}
     columns = {key: title for key, title in columns.items() if key in rows[0]}
-    cells = [["method", "ms/forward" if inference else "ms/step", *(f"x {r}" for r in references),
-              f"matmul FLOPs x {references[-1]}", *columns.values()]]
+    cells = [["method", "ms/step", *(f"x {r}" for r in REFERENCES), "matmul FLOPs x full", *columns.values()]]
     for row in rows:
-        cells.append([row["method"], f"{row['ms']:.1f}", *(spread(row[f"x_{r}"], ".2f") for r in references),
+        cells.append([row["method"], f"{row['ms']:.1f}", *(spread(row[f"x_{r}"], ".2f") for r in REFERENCES),
                       f"{row['x_flops']:.2f}", *(f"{row[key]:.1f}" for key in columns)])
     return markdown(cells, left=("method",))
 
 
 def command(argv):
     p = Parser("-m svmini.bench", "Measure what a training step of each method costs.")
-    a = p.add_argument
-    a("--model", default="tiny", choices=tuple(MODELS), help="shape of the blocks (default: tiny)")
-    a("--layers", type=number(1), metavar="N", help="number of blocks (default: depends on --model)")
-    a("--batch", type=number(1), metavar="N", help="sequences per batch (default: depends on --model)")
-    a("--tokens", type=number(1), metavar="N", help="tokens per sequence (default: depends on --model)")
-    a("--methods", nargs="+", default=SPECS, metavar="SPEC", help="method specs, or all (default: the main methods)")
-    a("--targets", type=names, metavar="A,B", help="layers to adapt, for specs without targets (default: all)")
-    a("--rounds", type=number(2), default=5, metavar="N", help="rounds, which time every row once each (default: 5)")
-    a("--steps", type=number(1), default=2, metavar="N", help="steps per row and round (default: 2)")
-    a("--inference", action="store_true", help="time the forward pass, also of a merged model (default: a step)")
-    a("--compile", action="store_true", help="compile the steps with torch.compile (default: off)")
-    a("--json", metavar="FILE", help="JSON file for all measurements (default: none)")
+    p.flag("--model", "NAME", str, f"shape of the blocks: {' | '.join(MODELS)}", "tiny", choices=tuple(MODELS))
+    p.flag("--layers", "N", number(1), "number of blocks", shown="depends on --model")
+    p.flag("--batch", "N", number(1), "sequences per batch", shown="depends on --model")
+    p.flag("--tokens", "N", number(1), "tokens per sequence", shown="depends on --model")
+    p.flag("--methods", "SPEC", str, "method specs, or all", SPECS, "the main methods", nargs="+")
+    p.flag("--targets", "A,B", names, "layers to adapt, for specs without targets", shown="all")
+    p.flag("--rounds", "N", number(2), "rounds, which time every row once each", 5)
+    p.flag("--steps", "N", number(1), "steps per row and round", 2)
+    p.add_argument("--compile", action="store_true", help="compile the steps with torch.compile (default: off)")
+    p.flag("--json", "FILE", str, "JSON file for all measurements", shown="none")
     add_device(p)
     flags = p.parse_args(argv)
     layers, *block, batch, tokens = MODELS[flags.model]
@@ -218,25 +210,22 @@ def command(argv):
     torch.manual_seed(0)
     base = Blocks(flags.layers or layers, *block)
     x = torch.randn(flags.batch or batch, flags.tokens or tokens, base.head.in_features).to(device_config.device)
-    bench = Bench(base, x, torch.arange(len(x), device=device_config.device) % 2, device_config, flags.inference)
-    references = ("base",) if flags.inference else ("frozen", "full")
+    bench = Bench(base, x, torch.arange(len(x), device=device_config.device) % 2, device_config)
     find_linears(base, flags.targets or base.targets)
     specs = compare.all_specs(SPECS, base, flags.targets) if flags.methods == ["all"] else flags.methods
-    specs = [spec for spec in compare.plan(specs, base, flags.targets, {}) if spec not in references]
-    if flags.inference and not set(specs) - {"full", "head"}:
-        raise InputError("--inference merges the last method: give at least one with adapters in --methods")
+    specs = [spec for spec in compare.plan(specs, base, flags.targets, {}) if spec not in REFERENCES]
     run_info = {"model": flags.model, "layers": len(base.blocks), "width": x.shape[2], "batch": len(x),
                 "tokens": x.shape[1], "rounds": flags.rounds, "steps": flags.steps, "device": device_config.reason,
                 "torch": torch.__version__}
     print(", ".join(f"{key}: {value}" for key, value in run_info.items()) + "\n")
     try:
-        rows = measure(bench, references, specs, flags.rounds, flags.steps)
+        rows = measure(bench, specs, flags.rounds, flags.steps)
     except KeyboardInterrupt:
         raise Stopped("stopped: nothing was written") from None
     if flags.json is not None:
         content = {"run_info": run_info, "rows": rows}
         files.write_text(flags.json, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    print(*table_lines(rows, references, flags.inference), "", sep="\n")
+    print(*table_lines(rows), "", sep="\n")
     print("ms: median over the rounds; x: mean ± standard deviation of the ratios round by round\n"
           "matmul FLOPs: counted in a step; activation: what autograd saves for the backward pass\n"
           "set-up: with an SVD for each row; a comparison computes it once for all")

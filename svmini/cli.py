@@ -8,22 +8,26 @@ from pathlib import Path
 
 from .errors import InputError
 from .methods import METHODS, nearest, parse_spec
-from .training.checkpoint import delete_temporary, file_name
+from .training.checkpoint import RUN_FILES, delete_temporary, file_name
 from .training.loop import Diverged, Stopped
 
 SIZES = {"n_layer": "transformer blocks", "n_head": "attention heads", "d_model": "width of the model",
          "block_size": "tokens of context", "image_size": "side of the images in pixels",
          "patch_size": "side of a patch in pixels"}
-N_HEAD = "attention heads of published weights (default: width / 64)"
+BY_DATA = "depends on --data"
 
 
 class Parser(argparse.ArgumentParser):
     """An argparse parser with one-line errors, without abbreviated flags, and with one line of help per flag."""
 
     def __init__(self, command, description):
-        def wide(prog):
-            return argparse.HelpFormatter(prog, max_help_position=36, width=150)
-        super().__init__(f"python {command}", description=description, formatter_class=wide, allow_abbrev=False)
+        super().__init__(f"python {command}", description=description, allow_abbrev=False,
+                         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=150))
+
+    def flag(self, name, metavar, kind, text, default=None, shown=None, group=None, **more):
+        """Add a flag. Its help ends with the default, or with `shown` if that says more. kind: an argparse type."""
+        end = "required" if more.get("required") else f"default: {shown or default}"
+        (group or self).add_argument(name, metavar=metavar, type=kind, default=default, help=f"{text} ({end})", **more)
 
     def error(self, message):
         _, _, unknown = message.partition("unrecognized arguments: ")
@@ -87,40 +91,39 @@ def one_of(known):
 # ---- flags ----
 
 def add_device(p):
-    for flag, what, names, auto in (
-            ("--device", "device", ("auto", "cpu", "cuda", "mps"), "the first of cuda, mps, cpu that is available"),
-            ("--dtype", "autocast", ("auto", "float32", "bfloat16", "float16"), "half precision on CUDA only")):
-        p.add_argument(flag, default="auto", choices=names, metavar="NAME",
-                       help=f"{what}: {' | '.join(names)} (default: auto, {auto})")
+    p.flag("--device", "NAME", str, "device: auto | cpu | cuda | mps", "auto",
+           "auto, the first of cuda, mps, cpu that is available", choices=("auto", "cpu", "cuda", "mps"))
+    p.flag("--dtype", "NAME", str, "autocast: auto | float32 | bfloat16 | float16", "auto",
+           "auto, half precision on CUDA only", choices=("auto", "float32", "bfloat16", "float16"))
 
 
 def add_model(p, names="a name of published weights", adapter_required=False):
     """Add the flags of a base model and its adapter. names: how the help refers to published weights."""
-    p.add_argument("--init", required=True, metavar="MODEL",
-                   help=f"base model: a model file, a file of published weights, or {names} (required)")
-    p.add_argument("--adapter", required=adapter_required, metavar="FILE",
-                   help=f"adapter file for the base model ({'required' if adapter_required else 'default: none'})")
-    p.add_argument("--n-head", type=number(1), metavar="N", help=N_HEAD)
+    p.flag("--init", "MODEL", str, f"base model: a model file, a file of published weights, or {names}", required=True)
+    p.flag("--adapter", "FILE", str, "adapter file for the base model", shown="none", required=adapter_required)
+    add_n_head(p)
+
+
+def add_n_head(p):
+    p.flag("--n-head", "N", number(1), "attention heads of published weights", shown="width / 64")
 
 
 def training_parser(command, description, data):
     """Return a parser with the flags of every training run. data: the names that --data accepts, the default first."""
-    p, default = Parser(command, description), next(iter(data))
-    a = p.add_argument
-    names = " | ".join(data)
-    a("--data", default=default, type=one_of(data), metavar="NAME", help=f"dataset: {names} (default: {default})")
-    a("--data-dir", metavar="DIR", help="folder of downloaded datasets (default: data for text, none for images)")
-    a("--out", metavar="DIR", help="folder for the results (default: out/MODEL-DATA)")
+    p = Parser(command, description)
+    p.flag("--data", "NAME", one_of(data), f"dataset: {' | '.join(data)}", next(iter(data)))
+    p.flag("--data-dir", "DIR", str, "folder of downloaded datasets", shown="data for text, none for images")
+    p.flag("--out", "DIR", str, "folder for the results", shown="out/MODEL-DATA")
     add_device(p)
-    a("--compile", action="store_true", help="compile the training steps with torch.compile (default: off)")
-    a("--seed", type=number(0), default=0, metavar="N", help="seed of everything that is drawn (default: 0)")
-    a("--steps", type=number(1), metavar="N", help="training steps (default: depends on --data)")
-    a("--batch-size", type=number(1), metavar="N", help="examples per step (default: depends on --data)")
-    a("--grad-accum-steps", type=number(1), metavar="N",
-      help="split each batch into N micro-batches to save memory (default: 1)")
-    for flag, what in (("--save-every", "checkpoints"), ("--eval-every", "evaluations on validation data")):
-        a(flag, type=number(0), default=0, metavar="N", help=f"steps between {what} (default: 0, only after the last)")
-    a("--resume", action="store_true", help="continue what the same command began in --out (default: start again)")
+    p.add_argument("--compile", action="store_true", help="compile training steps with torch.compile (default: off)")
+    p.flag("--seed", "N", number(0), "seed of everything that is drawn", 0)
+    p.flag("--steps", "N", number(1), "training steps", shown=BY_DATA)
+    p.flag("--batch-size", "N", number(1), "examples per step", shown=BY_DATA)
+    p.flag("--grad-accum-steps", "N", number(1), "split each batch into N micro-batches to save memory", shown=1)
+    p.flag("--save-every", "N", number(0), "steps between checkpoints", 0, "0, only after the last")
+    p.flag("--eval-every", "N", number(0), "steps between evaluations on validation data", 0, "0, only after the last")
+    p.add_argument("--resume", action="store_true",
+                   help="continue what the same command began in --out (default: start again)")
     return p
 
 
@@ -129,38 +132,30 @@ def adapting_parser(command, description, data, weights):
     p = training_parser(command, f"{description} `{command} pretrain` only pretrains a base model.", data)
     p.epilog = ("A method spec is a name with optional arguments and target layers: "
                 f"svft:pattern=banded,off_diagonals=8@query,value. Names: full, head, {', '.join(METHODS)}.")
-    a = p.add_argument
     base, lrs = (p.add_mutually_exclusive_group() for _ in range(2))
-    a("--methods", nargs="+", type=method_spec, metavar="SPEC",
-      help="method specs to compare; all adds every method's examples (default: the main methods)")
-    a("--quick", action="store_true",
-      help="smoke test: fewer steps, and fewer methods unless --methods is given (default: off)")
-    base.add_argument("--init", type=utf8, metavar="MODEL",
-                      help=f"base model: a file or {weights} (default: pretrain one)")
-    base.add_argument("--base-data", type=utf8, metavar="NAME", help=(
-        "dataset for pretraining the base model when --init is not given (default: depends on --data)"))
-    lrs.add_argument("--lr", type=number(0, float, True), metavar="X",
-                     help="learning rate of every method (default: tuned for each method)")
-    lrs.add_argument("--lr-sweep", type=number(1, high=100), metavar="N",
-                     help="number of learning rates to try per method, on validation data (default: no sweep)")
-    a("--seeds", type=number(1, high=1000), default=1, metavar="N",
-      help="runs per method, with seeds from --seed on (default: 1)")
-    a("--targets", type=names, metavar="A,B",
-      help="layers to adapt, for specs without targets (default: query,key,value,out,up,down)")
-    a("--n-head", type=number(1), metavar="N", help=N_HEAD)
+    p.flag("--methods", "SPEC", method_spec, "method specs to compare; all adds every method's examples", nargs="+",
+           shown="the main methods")
+    p.add_argument("--quick", action="store_true",
+                   help="smoke test: fewer steps, and fewer methods unless --methods is given (default: off)")
+    p.flag("--init", "MODEL", utf8, f"base model: a file or {weights}", shown="pretrain one", group=base)
+    p.flag("--base-data", "NAME", utf8, "dataset for pretraining the base model when --init is not given",
+           shown=BY_DATA, group=base)
+    p.flag("--lr", "X", number(0, float, True), "learning rate of every method", shown="tuned per method", group=lrs)
+    p.flag("--lr-sweep", "N", number(1, high=100), "number of learning rates to try per method, on validation data",
+           shown="no sweep", group=lrs)
+    p.flag("--seeds", "N", number(1, high=1000), "runs per method, with seeds from --seed on", 1)
+    p.flag("--targets", "A,B", names, "layers to adapt, for specs without targets", shown="query,key,value,out,up,down")
+    add_n_head(p)
     return p
 
 
 def pretraining_parser(command, description, data, **sizes):
     """Return a parser with the flags of pretraining. sizes: of the model; None if the default depends on the data."""
     p = training_parser(f"{command} pretrain", description, data)
-    a = p.add_argument
-    a("--lr", type=number(0, float, True), metavar="X", help="peak learning rate (default: depends on --data)")
-    a("--weight-decay", type=number(0, float), metavar="X", help="weight decay of AdamW (default: depends on --data)")
+    p.flag("--lr", "X", number(0, float, True), "peak learning rate", shown=BY_DATA)
+    p.flag("--weight-decay", "X", number(0, float), "weight decay of AdamW", shown=BY_DATA)
     for name, value in sizes.items():
-        default = "depends on --data" if value is None else value
-        a("--" + name.replace("_", "-"), type=number(1), default=value, metavar="N",
-          help=f"{SIZES[name]} (default: {default})")
+        p.flag("--" + name.replace("_", "-"), "N", number(1), SIZES[name], value, value or BY_DATA)
     return p
 
 
@@ -169,9 +164,9 @@ def given(flags, *names):
     return {name: getattr(flags, name) for name in names if getattr(flags, name, None) is not None}
 
 
-def training_flags(flags):
-    """Return the arguments of a TrainConfig that were given as flags, except for learning rate and seed."""
-    return given(flags, "steps", "batch_size", "grad_accum_steps", "head_lr", "weight_decay")
+def training_flags(flags, *more):
+    """Return the arguments of a TrainConfig that were given as flags. Learning rate and seed: only if named in more."""
+    return given(flags, "steps", "batch_size", "grad_accum_steps", "head_lr", "weight_decay", *more)
 
 
 def saving(flags):
@@ -188,6 +183,8 @@ def out_folder(flags, model):
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()   # fails if the folder is read-only
     delete_temporary(out)
+    if flags.resume and not any(path.name in RUN_FILES for path in out.rglob("*")):
+        print(f"--resume: {out} contains no earlier run, so this one starts from the beginning")
     return out
 
 
@@ -207,22 +204,17 @@ def run_command(main, argv=None, **commands):
     sys.stderr = sys.stderr or open(os.devnull, "w")   # None if it is closed, which tqdm does not expect
     try:
         return main(argv) or 0
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:   # between two training runs, or the second Ctrl-C
-        print("stopped. Training continues with the same command and --resume", file=sys.stderr)
-        return 130
+    except (Stopped, KeyboardInterrupt) as stopped:   # KeyboardInterrupt: between two runs, or the second Ctrl-C
+        message, code = str(stopped) or "stopped. Training continues with the same command and --resume", 130
     except Diverged as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        message, code = f"error: {error}", 1
     except (MemoryError, RuntimeError) as error:
         signs = ("out of memory", "tried to allocate", "storage size calculation overflowed")
         if not isinstance(error, MemoryError) and not any(sign in str(error).lower() for sign in signs):
             raise
-        print(f"error: not enough memory ({' '.join(str(error).split())[:120]}): use a smaller --batch-size, or "
-              "--grad-accum-steps", file=sys.stderr)
-        return 2
+        reason = " ".join(str(error).split())[:120]
+        message, code = f"error: not enough memory ({reason}): use a smaller --batch-size, or --grad-accum-steps", 2
     except (InputError, OSError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        message, code = f"error: {error}", 2
+    print(" ".join(message.split()), file=sys.stderr)
+    return code

@@ -17,9 +17,9 @@ FORMATS = {"GPT": "gpt2", "ViT": "torchvision"}
 def command(argv):
     p = Parser("-m svmini.export", "Merge an adapter into its base model: plain weights, as fast as the base model.")
     add_model(p, adapter_required=True)
-    p.add_argument("--format", default="svmini", choices=("svmini", "gpt2", "torchvision"), metavar="NAME",
-                   help="state-dict format: svmini | gpt2 | torchvision (default: svmini)")
-    p.add_argument("--out", metavar="FILE", help="file to write (default: merged.pt in the folder of the adapter)")
+    p.flag("--format", "NAME", str, "state-dict format: svmini | gpt2 | torchvision", "svmini",
+           choices=("svmini", "gpt2", "torchvision"))
+    p.flag("--out", "FILE", str, "file to write", shown="merged.pt in the folder of the adapter")
     flags = p.parse_args(argv)
     path = Path(flags.out or Path(flags.adapter).parent / "merged.pt")
     if any(path.exists() and Path(name).exists() and path.samefile(name) for name in (flags.init, flags.adapter)):

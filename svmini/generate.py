@@ -16,13 +16,11 @@ from .training.device import resolve_device
 def command(argv):
     p = Parser("-m svmini.generate", "Continue a text with a GPT.")
     add_model(p, "gpt2, ...")
-    p.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
-    p.add_argument("--max-new-tokens", type=number(1), default=100, metavar="N",
-                   help="number of tokens to add (default: 100)")
-    p.add_argument("--temperature", type=number(0, float), default=0.8, metavar="X",
-                   help="sampling temperature, 0 for greedy decoding (default: 0.8)")
-    p.add_argument("--top-k", type=number(1), metavar="K", help="sample from the K most likely tokens (default: all)")
-    p.add_argument("--seed", type=number(0), default=0, metavar="N", help="seed for sampling (default: 0)")
+    p.flag("--prompt", "TEXT", str, "text to continue", required=True)
+    p.flag("--max-new-tokens", "N", number(1), "number of tokens to add", 100)
+    p.flag("--temperature", "X", number(0, float), "sampling temperature, 0 for greedy decoding", 0.8)
+    p.flag("--top-k", "K", number(1), "sample from the K most likely tokens", shown="all")
+    p.flag("--seed", "N", number(0), "seed for sampling", 0)
     add_device(p)
     flags = p.parse_args(argv)
     device_config = resolve_device(flags.device, flags.dtype)

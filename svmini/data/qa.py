@@ -79,8 +79,7 @@ def split_pairs(name, data_dir=None):
         print(f"{name}: {left_out} pairs repeat an earlier question and are left out; {differ} of them have a "
               f"different answer")
     if tenth < 1:
-        raise InputError(f"{name} has {n} different questions, at least 10 are needed for train, val and test: "
-                         f"add pairs")
+        raise InputError(f"{name} has {n} different questions, at least 10 are needed: add pairs")
     pairs = [pairs[i] for i in torch.randperm(n, generator=generator("test pairs")).tolist()]
     test = files["test"] or [pairs.pop() for _ in range(tenth)]
     pairs = [pairs[i] for i in torch.randperm(len(pairs), generator=generator("val pairs", 0)).tolist()]

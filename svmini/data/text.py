@@ -68,8 +68,7 @@ def read_text(name, data_dir=None):
     if "\0" in text:
         raise InputError(f"{path} is not UTF-8 text (it contains the character NUL): save it as UTF-8 first")
     if len(text) < MIN_CHARACTERS:
-        raise InputError(f"{path} is too short to train on ({len(text)} characters): give a text of at least "
-                         f"{MIN_CHARACTERS} characters")
+        raise InputError(f"{path} is too short to train on ({len(text)} characters): give at least {MIN_CHARACTERS}")
     return text
 
 
@@ -93,8 +92,7 @@ def split_text(text, seed=0):
     parts = paragraphs(text)
     n = len(set(map(normalize, parts)))
     if n < 10:
-        raise InputError(f"the text has {n} different paragraphs, at least 10 are needed to split it: separate them by "
-                         f"blank lines")
+        raise InputError(f"the text has {n} different paragraphs, at least 10 are needed: separate them by blank lines")
     shuffled = torch.randperm(len(parts), generator=generator("split", seed)).tolist()
     splits = deal(parts, shuffled, lambda share, size: -size / share)
     if not all(0.5 <= characters(splits[name]) / characters(parts) / share <= 1.5 for name, share in SHARES.items()):
@@ -132,7 +130,7 @@ def windows(tokens, length):
     """
     if len(tokens) < length + 1:
         raise InputError(f"{len(tokens)} tokens do not fill a window of {length} and the token that follows: "
-                         f"use a longer text or a shorter window")
+                         "use a longer text or a shorter window")
     n = (len(tokens) - 1) // length
     return tokens[:n * length].view(n, length), tokens[1:n * length + 1].view(n, length)
 

@@ -24,10 +24,11 @@ def train_bpe(text, vocab_size=1024):
     """
     import regex
     counts = Counter(regex.findall(GPT2_PATTERN, text))            # each distinct word, with its count
-    words = [(list(word.encode("utf-8")), n) for word, n in counts.items()]
+    # a word is a string of tokens, the token i as the character i
+    words = [(word.encode("utf-8").decode("latin-1"), n) for word, n in counts.items()]
     pair_counts, found_in = Counter(), defaultdict(set)
-    for i, (ids, n) in enumerate(words):
-        for pair in zip(ids, ids[1:]):
+    for i, (word, n) in enumerate(words):
+        for pair in zip(word, word[1:]):
             pair_counts[pair] += n
             found_in[pair].add(i)
     tokens = [bytes([b]) for b in range(256)]                      # the id of a token is its index
@@ -36,32 +37,19 @@ def train_bpe(text, vocab_size=1024):
         if most < 2:
             break
         pair = min(p for p, n in pair_counts.items() if n == most)
-        new = len(tokens)
-        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        new = chr(len(tokens))
+        tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
         for i in found_in.pop(pair):
-            ids, n = words[i]
-            shorter = join_pair(ids, pair, new)
+            word, n = words[i]
+            shorter = word.replace("".join(pair), new)             # from left to right
             pairs = Counter(zip(shorter, shorter[1:]))
-            pairs.subtract(zip(ids, ids[1:]))                      # pairs that this word gains and loses
+            pairs.subtract(zip(word, word[1:]))                    # pairs that this word gains and loses
             for other, difference in pairs.items():
                 pair_counts[other] += n * difference
                 if difference > 0:
                     found_in[other].add(i)
             words[i] = shorter, n
     return [token.hex() for token in tokens]
-
-
-def join_pair(ids, pair, new):
-    """Replace every occurrence of pair in ids, from left to right, by new."""
-    out, i = [], 0
-    while i < len(ids):
-        if i + 1 < len(ids) and (ids[i], ids[i + 1]) == pair:
-            out.append(new)
-            i += 2
-        else:
-            out.append(ids[i])
-            i += 1
-    return out
 
 
 def bpe_tokenizer(ranks):
@@ -78,8 +66,8 @@ def gpt2_tokenizer():
         return tiktoken.get_encoding("gpt2")
     except Exception as error:   # tiktoken raises whatever its network library raises
         raise MissingFile(f"GPT-2's tokenizer could not be downloaded ({type(error).__name__}): set TIKTOKEN_CACHE_DIR "
-                          f"to a folder that tiktoken filled on another computer, or use a base model that svmini "
-                          f"pretrained, whose trained BPE needs no network") from None
+                          "to a folder that tiktoken filled elsewhere, or pretrain a base model, whose trained BPE "
+                          "needs no network") from None
 
 
 def end_token(tokenizer):

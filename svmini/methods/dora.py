@@ -51,7 +51,7 @@ class DoRA(Adapter):
         A = self.A.to(self.W0.dtype)
         y = add_update(x, self.W0, None, F.linear(x, A), self.scale * self.B)        # V x
         scaled = y * self.ratio() if self.bias is None else torch.addcmul(self.bias, y, self.ratio())
-        return scaled.to(self.W0.dtype)     # float32 under autocast, which rounds once; the dtype of a bf16 or fp16 base
+        return scaled.to(self.W0.dtype)     # float32 under autocast, which rounds once; half on a half-precision base
 
     @staticmethod
     def count(d_out, d_in, *, rank=8, alpha=None, detach_norm=True):

@@ -143,10 +143,7 @@ class GPT(nn.Module):
         self.train(was_training)
         return [torch.tensor(answer, dtype=torch.int64) for answer in answers]
 
-    @staticmethod
-    def urls():
-        """Return {name: URL} of the weights that from_pretrained downloads."""
-        return published.GPT2_URLS
+    urls = staticmethod(lambda: published.GPT2_URLS)   # {name: URL} of the weights that from_pretrained downloads
 
     @classmethod
     def from_pretrained(cls, source, n_head=None):

@@ -113,8 +113,6 @@ def read_source(source, urls):
         state = download(str(source), urls[str(source)])
     else:
         state = read_file(Path(source), urls)
-    if "kind" in state:   # svmini's own files
-        return state
     for key in ("model", "state_dict"):   # DeiT's files and timm's checkpoints hold the state dict among other things
         if isinstance(state.get(key), dict):
             return state[key]

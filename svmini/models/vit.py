@@ -58,8 +58,7 @@ class ViTConfig:
                              "the patches must tile the image")
         self.mean, self.std = (self.in_channels * (0.5,) if x is None else tuple(x) for x in (self.mean, self.std))
         if not len(self.mean) == len(self.std) == self.in_channels:
-            raise InputError(f"mean={self.mean} and std={self.std} do not fit: they need one value for each of the "
-                             f"{self.in_channels} channels")
+            raise InputError(f"mean and std: they need one value for each of the {self.in_channels} channels")
 
 
 class ViT(nn.Module):
@@ -121,8 +120,8 @@ class ViT(nn.Module):
         """
         c = self.config
         if images.shape[1:] != (c.in_channels, c.image_size, c.image_size):
-            raise ValueError(f"images of shape {tuple(images.shape)} do not fit: this ViT takes "
-                             f"(B, {c.in_channels}, {c.image_size}, {c.image_size})")
+            size = f"(B, {c.in_channels}, {c.image_size}, {c.image_size})"
+            raise ValueError(f"images of shape {tuple(images.shape)} do not fit: this ViT takes {size}")
         if images.is_floating_point():
             images = images.to(self.class_token.dtype)
         x = self.patch_embed(images).flatten(2).transpose(1, 2)                  # (B, patches, d)

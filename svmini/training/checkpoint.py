@@ -42,7 +42,7 @@ class RunFolder:
         if not self.resume or not path.is_file():
             return None
         content = read_json(path, "run_config", "row")
-        self.check_run_config(path, content["run_config"])
+        check_run_config(path, content["run_config"], self.run_config)
         if not (self.folder / result_file).is_file():
             return None
         files.load(self.folder / result_file, Path(result_file).stem)   # a damaged file is reported now
@@ -55,7 +55,7 @@ class RunFolder:
         if not self.resume or path is None or not path.is_file():
             return 0
         content = files.load(path, "run")
-        self.check_run_config(path, content["run_config"])
+        check_run_config(path, content["run_config"], self.run_config)
         load_trained_state(model, content["model"])
         optimizer.load_state_dict(content["optimizer"])
         scaler.load_state_dict(content["scaler"])
@@ -95,12 +95,13 @@ class RunFolder:
             lines = (json.dumps(line) + "\n" for line in self.log)
             files.write_text(self.folder / "metrics.jsonl", "".join(lines))
 
-    def check_run_config(self, path, earlier):
-        """Raise InputError that names what differs if a file was written with another run config."""
-        different = differences(earlier, self.run_config)
-        if different:
-            raise InputError(f"{path} was made with another run config: {'; '.join(different)}. Give the same flags, "
-                             "choose another --out, or leave out --resume to start again")
+
+def check_run_config(path, earlier, now, otherwise="leave out --resume to start again"):
+    """Raise InputError that names what differs if the file at this path was written with another run config."""
+    different = differences(earlier, now)
+    if different:
+        raise InputError(f"{path} was made with another run config: {'; '.join(different)}. Give the same flags, "
+                         f"choose another --out, or {otherwise}")
 
 
 def delete_run(folder):
@@ -169,8 +170,7 @@ def load_trained_state(model, state):
     """Copy a trained_state into a model. Raises InputError if names or shapes differ."""
     ours = changing_tensors(model)
     if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in state.items()}:
-        raise InputError("the checkpoint belongs to another model or method: its trained parameters differ. "
-                         "Leave out --resume to start again")
+        raise InputError("the checkpoint belongs to another model or method: leave out --resume to start again")
     with torch.no_grad():
         for name, p in ours.items():
             p.copy_(state[name])

@@ -16,9 +16,9 @@ from ..adapting import (adapt, count_trainable, digests, find_linears, fingerpri
 from ..errors import InputError
 from ..methods import METHODS, WITHOUT_ADAPTERS, canonical_spec, options_of, parse_spec
 from ..model_file import derived_metadata, save_model
-from .checkpoint import RunFolder, after_json, delete_run, differences, file_name, read_json
+from . import report
+from .checkpoint import RunFolder, check_run_config, delete_run, file_name, read_json
 from .loop import Diverged, TrainConfig, evaluate, train
-from .report import start_and_full
 
 
 # ---- which methods, at which learning rates ----
@@ -30,12 +30,10 @@ def plan(specs, base, targets, learning_rates, lr=None, head_lr=None):
     learning_rates: tuned learning rates by spec. lr: one learning rate for all methods instead. head_lr: the one of the
     linear probe (spec: head) instead. Raises InputError for a spec that does not fit the base model, before any work.
     """
-    tuned, planned, seen = {canonical_spec(spec): value for spec, value in learning_rates.items()}, {}, set()
+    tuned, planned, unique = {canonical_spec(spec): value for spec, value in learning_rates.items()}, {}, {}
     for spec in specs:
-        meaning = check_spec(spec, base, targets)
-        if meaning in seen:
-            continue
-        seen.add(meaning)
+        unique.setdefault(check_spec(spec, base, targets), spec)
+    for spec in unique.values():
         method, _, own_targets = parse_spec(spec)
         default = METHODS[method].lr if method in METHODS else 1e-3
         has_targets = own_targets or not targets or method in WITHOUT_ADAPTERS
@@ -83,7 +81,42 @@ def describe_targets(base, targets):
             + (f"; frozen: {', '.join(sorted(frozen))}" if frozen else ""))
 
 
-# ---- one run ----
+# ---- every run ----
+
+def run_all(learning_rates, seeds, base, make_task, train_kwargs, device_config, out, *, base_metadata, metadata,
+            n_lrs=None, resume=False, **saving):
+    """Train and test every method with every seed, print a line per run, and write the report into the folder out.
+
+    learning_rates: from `plan`. make_task: a function from a seed to the task of its runs. train_kwargs: arguments of
+    TrainConfig that all runs share. n_lrs: learning rates to try per method with the first seed, see `lr_sweep`.
+    metadata: plain values for the adapter files, in addition to the name of the data. The others: see `run`.
+
+    Returns (rows, task of the last seed). A base model without a new head gets the row zero-shot. Raises Diverged if
+    every method diverged.
+    """
+    rows, sweep = [], None
+    if not resume:
+        delete_runs(learning_rates, seeds, out)
+    for seed in seeds:
+        task = make_task(seed)
+        if seed == seeds[0] and n_lrs:
+            kwargs = train_kwargs | {"seed": seed}
+            sweep = lr_sweep(learning_rates, base, task, kwargs, device_config, out, n_lrs, resume)
+            print(f"learning rates by {task.metric} on validation data:", *report.lr_sweep_lines(sweep), sep="\n")
+            learning_rates = {spec: sweep[spec]["best"] or lr for spec, lr in learning_rates.items()}
+        if seed == seeds[0] and not base.also_train:
+            rows.append(zero_shot_row(base, task, seed, device_config))
+            print(report.line(rows[-1]))
+        for spec, lr in learning_rates.items():
+            config = TrainConfig(lr=lr, seed=seed, **train_kwargs)
+            rows.append(run(spec, base, task, config, device_config, out, base_metadata=base_metadata,
+                            metadata={"data": task.name} | metadata, resume=resume, **saving))
+            print(report.line(rows[-1]))
+    fill_gap_recovered(rows)
+    report.write(out, rows, task, train_kwargs, device_config, base_metadata, sweep)
+    check_not_all_diverged(rows)
+    return rows, task
+
 
 def run(spec, base, task, train_config, device_config, out, *, resume=False, save_every=0, eval_every=0, metadata=None,
         base_metadata=None):
@@ -157,7 +190,7 @@ def fill_gap_recovered(rows):
     The start is the linear probe (row head) for a ViT, and the base model itself (row zero-shot) for a GPT.
     """
     for row in rows:
-        start, full = start_and_full(rows, row["seed"])
+        start, full = report.start_and_full(rows, row["seed"])
         if None not in (start, full, row["metric"]) and (full > start) == row["higher_is_better"] and full != start:
             row["gap_recovered"] = (row["metric"] - start) / (full - start)
 
@@ -198,15 +231,12 @@ def lr_sweep(learning_rates, base, task, train_kwargs, device_config, out, n, re
     """
     path, scores = Path(out) / "lr_sweep.json", {}
     run_config = run_config_of(base, task, TrainConfig(lr=0.0, **train_kwargs), device_config)
-    run_config = after_json(run_config) | {"lr": None, "lr_sweep": n}
+    run_config |= {"lr": None, "lr_sweep": n}
     if not resume:
         path.unlink(missing_ok=True)   # a later --resume must not find it
     elif path.is_file():
         content = read_json(path, "run_config", "scores")
-        different = differences(content["run_config"], run_config)
-        if different:
-            raise InputError(f"{path} was made with another run config: {'; '.join(different)}. Give the same flags, "
-                             "or choose another --out")
+        check_run_config(path, content["run_config"], run_config)
         scores = content["scores"]
     grids = {spec: [lr * 2.0 ** (i - (n - 1) // 2) for i in range(n)] for spec, lr in learning_rates.items()}
     found = {}

@@ -27,7 +27,8 @@ VIT_LEARNING_RATES = {   # by target dataset; a dataset that is missing takes th
         "svft:rank=32,off_diagonals=8,basis=random": 2e-2},
     "mnist": {
         "head": 3.2e-1, "svft:off_diagonals=8": 2e-2, "svft:off_diagonals=8,basis=random": 2e-2,
-        "random_mask:off_diagonals=0": 1.6e-1, "random_mask:off_diagonals=8": 5e-3, "svft:rank=32,off_diagonals=8": 2e-2},
+        "random_mask:off_diagonals=0": 1.6e-1, "random_mask:off_diagonals=8": 5e-3,
+        "svft:rank=32,off_diagonals=8": 2e-2},
     # swept on a DINOv2 ViT-S/14 with 8 images per class (docs/results.md), except for lora:rank=2 and boft
     "published": {
         "head": 2e-2, "full": 5e-6, "svfit": 1e-2, "svft:pattern=plain": 1e-2, "svft:off_diagonals=2": 2e-3,
@@ -42,7 +43,8 @@ GPT_LEARNING_RATES = {   # by kind of data; question-answer pairs take the learn
         "dora:rank=8": 2e-2, "vera:rank=256": 1e-1, "svft:pattern=plain,basis=random": 3.2e-1,
         "svft:off_diagonals=2,basis=random": 8e-2, "svft:off_diagonals=8,basis=random": 4e-2,
         "svft:rank=32,off_diagonals=8": 4e-2, "svft:rank=32,off_diagonals=8,basis=random": 8e-2,
-        "random_mask:off_diagonals=0": 1.6e-1, "random_mask:off_diagonals=2": 8e-2, "random_mask:off_diagonals=8": 4e-2},
+        "random_mask:off_diagonals=0": 1.6e-1, "random_mask:off_diagonals=2": 8e-2,
+        "random_mask:off_diagonals=8": 4e-2},
     "arithmetic": {
         "full": 4e-3, "svfit": 1.6e-1, "svft:pattern=plain": 1.6e-1, "svft:off_diagonals=2": 8e-2,
         "svft:off_diagonals=8": 2e-2, "svft:pattern=plain,basis=random": 1.6e-1,

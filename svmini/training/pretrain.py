@@ -6,9 +6,8 @@ from pathlib import Path
 
 import torch
 
-from ..errors import InputError
 from ..model_file import load_model, save_model
-from .checkpoint import RunFolder, delete_temporary, differences
+from .checkpoint import RunFolder, check_run_config, delete_temporary
 from .loop import evaluate, train
 
 
@@ -25,10 +24,8 @@ def pretrain(model, task, train_config, device_config, folder, metadata, *, resu
         delete_temporary(folder)
         model, metadata = load_model(path, type(model))
         # the dtype of another device is no reason to train again
-        different = [d for d in differences(metadata.get("run_config", {}), run_config) if not d.startswith("dtype ")]
-        if different:
-            raise InputError(f"{path} was pretrained with another run config: {'; '.join(different)}. Give the same "
-                             "flags, choose another --out, or load the file with --init")
+        earlier = metadata.get("run_config", {}) | {"dtype": run_config["dtype"]}
+        check_run_config(path, earlier, run_config, "load the file with --init")
         (Path(folder) / "last.pt").unlink(missing_ok=True)   # left if pretraining was killed in its last line
         print(f"base model: {path}, from an earlier run: {metadata['result']}")
         return model, metadata

@@ -3,6 +3,7 @@
 import json
 import platform
 import statistics
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,6 +16,9 @@ REFERENCE = "lora:rank=8"   # the other methods are compared with it, seed by se
 BASE_DEVIATION = {"glyphs B": "2 to 4 points", "arithmetic -": "2 to 14 points", "topics": "0.01 nats"}
 SMOKE_TEST = "Smoke test only: the base model is undertrained, so the ranking means nothing."
 SMALLEST_GAP = {"accuracy": 5.0, "exact match": 5.0, "loss": 0.05}   # between start and full, to divide by it
+GRAY = "#808080"   # readable on light and dark pages
+STYLE = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "text.color"), GRAY) | {
+    "legend.frameon": False, "legend.fontsize": "small"}
 
 
 def line(row):
@@ -26,6 +30,12 @@ def line(row):
 def reference_of(rows):
     """Return the method of the differences: REFERENCE, which --targets may have completed."""
     return next((row["method"] for row in rows if row["method"].partition("@")[0] == REFERENCE), REFERENCE)
+
+
+def best_of(rows, accept):
+    """Return the best row of the first seed whose method spec is accepted and which did not diverge, or None."""
+    good = [r for r in rows if r["seed"] == rows[0]["seed"] and r["metric"] is not None and accept(r["method"])]
+    return max(good, key=lambda r: r["metric"] if r["higher_is_better"] else -r["metric"], default=None)
 
 
 def summarize(rows):
@@ -48,7 +58,7 @@ def summarize(rows):
 
 
 def table_lines(table, reference):
-    """Return a summary as lines of Markdown: trainable parameters, metric, differences and gap recovered of each method.
+    """Return a summary as lines of Markdown: trainable parameters, metric, differences and gap recovered.
 
     reference: the method of the differences; None leaves them out, because a single difference is no paired comparison.
     """
@@ -152,37 +162,44 @@ def write(out, rows, task, train_kwargs, device_config, base_metadata, lr_sweep=
         print("for a plot of the table: pip install matplotlib")
 
 
-def plot(path, table):
-    """Plot the metric of a summary against the trainable parameters (log scale), one color per method, as a PNG for light and dark
-    pages. Returns False if matplotlib is missing."""
+@contextmanager
+def figure(path, figsize):
+    """Yield a matplotlib figure, which is then saved as a PNG for light and dark pages; None without matplotlib."""
     try:
+        import matplotlib
         from matplotlib.figure import Figure   # pyplot would change the settings of a notebook
     except ImportError:
-        return False
-    grey, lines = "#808080", {}
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for t in (t for t in table if t["metrics"]):
-        y = statistics.mean(t["metrics"])
-        if t["trainable_params"]:
-            deviation = statistics.stdev(t["metrics"]) if len(t["metrics"]) > 1 else 0
-            lines.setdefault(family(t["method"]), []).append((t["trainable_params"], y, deviation))
-        else:
-            axes.axhline(y, color=grey, linestyle=":", linewidth=1)
-            axes.annotate(t["method"], (0.01, y), xycoords=("axes fraction", "data"), va="bottom", color=grey)
-    for i, (name, points) in enumerate(lines.items()):
-        x, y, deviation = zip(*sorted(points))
-        axes.errorbar(x, y, yerr=deviation if any(deviation) else None, marker="osD^vP"[i % 6], fillstyle="none",
-                      capsize=3, linewidth=1, color=f"C{i % 10}", label=name)
-    axes.set_xscale("log")
-    axes.set_xlabel("trainable params (without the head)", color=grey)
-    axes.set_ylabel(table[0]["metric_name"], color=grey)
-    axes.tick_params(which="both", colors=grey)
-    for spine in axes.spines.values():
-        spine.set_color(grey)
-    if lines:
-        axes.legend(frameon=False, labelcolor=grey)
-    files.write_whole(path, lambda file: figure.savefig(file, dpi=120, format="png", transparent=True))
+        yield None
+        return
+    with matplotlib.rc_context(STYLE):
+        yield (drawn := Figure(figsize=figsize, layout="constrained"))
+        files.write_whole(path, lambda file: drawn.savefig(file, dpi=120, format="png", transparent=True))
+
+
+def plot(path, table):
+    """Plot the metric of a summary against the trainable parameters (log scale), one color per method, as a PNG.
+    Returns False if matplotlib is missing."""
+    with figure(path, (8, 5)) as drawn:
+        if drawn is None:
+            return False
+        axes, lines = drawn.subplots(), {}
+        for t in (t for t in table if t["metrics"]):
+            y = statistics.mean(t["metrics"])
+            if t["trainable_params"]:
+                deviation = statistics.stdev(t["metrics"]) if len(t["metrics"]) > 1 else 0
+                lines.setdefault(family(t["method"]), []).append((t["trainable_params"], y, deviation))
+            else:
+                axes.axhline(y, color=GRAY, linestyle=":", linewidth=1)
+                axes.annotate(t["method"], (0.01, y), xycoords=("axes fraction", "data"), va="bottom")
+        for i, (name, points) in enumerate(lines.items()):
+            x, y, deviation = zip(*sorted(points))
+            axes.errorbar(x, y, yerr=deviation if any(deviation) else None, marker="osD^vP"[i % 6], fillstyle="none",
+                          capsize=3, linewidth=1, color=f"C{i % 10}", label=name)
+        axes.set_xscale("log")
+        axes.set_xlabel("trainable params (without the head)")
+        axes.set_ylabel(table[0]["metric_name"])
+        if lines:
+            axes.legend()
     return True
 
 

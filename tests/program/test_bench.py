@@ -16,10 +16,10 @@ D, B, T = 128, 2, 16
 N = B * T   # tokens in a batch
 
 
-def make(inference=False, **device_config):
+def make(**device_config):
     torch.manual_seed(0)
     return bench.Bench(bench.Blocks(1, D, 4, bench.GPT_BLOCK), torch.randn(B, T, D), torch.tensor([0, 1]),
-                       resolve_device("cpu", "float32", **device_config), inference)
+                       resolve_device("cpu", "float32", **device_config))
 
 
 def table_of(out):
@@ -28,19 +28,19 @@ def table_of(out):
     return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
 
 
-@pytest.mark.parametrize("flags, first, last", [([], ["frozen", "full"], []), (["--inference"], ["base"], ["merged"])])
-def test_a_row_for_every_spec(flags, first, last, tmp_path, capsys):
-    assert run_command(bench.command, [*SMALL, "--json", str(tmp_path / "b.json"), *flags]) == 0
+def test_a_row_for_every_spec(tmp_path, capsys):
+    first = ["frozen", "full"]
+    assert run_command(bench.command, [*SMALL, "--json", str(tmp_path / "b.json")]) == 0
     table, content = table_of(capsys.readouterr().out), json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))
     rows = {row["method"]: row for row in content["rows"]}
-    assert list(table) == list(rows) == [*first, *bench.SPECS, *last]
+    assert list(table) == list(rows) == [*first, *bench.SPECS]
     for spec, row in rows.items():
         assert len(row["times_ms"]) == 2 and row["ms"] == sum(row["times_ms"]) / 2 > 0
-        assert table[spec]["ms/forward" if flags else "ms/step"] == f"{row['ms']:.1f}"
+        assert table[spec]["ms/step"] == f"{row['ms']:.1f}"
         for name in first:   # a ratio a round
             assert row[f"x_{name}"] == [t / r for t, r in zip(row["times_ms"], rows[name]["times_ms"])]
         assert row["x_flops"] == row["flops"] / rows[first[-1]]["flops"]
-        assert ("activation MB" in table[spec]) == (not flags) and "peak MB" not in table[spec]   # this is a CPU
+        assert "activation MB" in table[spec] and "peak MB" not in table[spec]   # this is a CPU
     assert table[first[-1]][f"x {first[-1]}"] == "1.00 ± 0.00"
     assert rows["svfit"]["weights_mb"] > rows["lora:rank=8"]["weights_mb"] > rows["head"]["weights_mb"]
 
@@ -106,25 +106,23 @@ def test_each_row_trains_its_parameters():
     assert all(p.requires_grad for p in start.base.parameters()), "a row changed the base"
 
 
-@pytest.mark.parametrize("inference", (False, True))
-def test_a_step_changes_the_weights_and_a_forward_pass_does_not(inference):
-    here = make(inference)
+def test_a_step_changes_the_weights():
+    here = make()
     model = bench.row_model("full", here)
     before = copy.deepcopy(model.state_dict())
     bench.Step(model, here)()
     same = {n: torch.equal(t, before[n]) for n, t in model.state_dict().items() if not n.endswith("key.bias")}
-    assert set(same.values()) == {inference} and all(p.grad is None for p in model.parameters())
+    assert not any(same.values()) and all(p.grad is None for p in model.parameters())
 
 
-def test_every_row_computes_its_own_svd_and_the_merged_row_has_plain_layers(monkeypatch):
-    seen, computed, compiled, step, svd = [], [], [], bench.Step, torch.linalg.svd
-    monkeypatch.setattr(bench, "Step", lambda model, b: seen.append(type(model.blocks[0].mlp.up)) or step(model, b))
+def test_every_row_computes_its_own_svd(monkeypatch):
+    computed, compiled, svd = [], [], torch.linalg.svd
     monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: computed.append(a) or svd(*a, **k))
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
-    here = make(inference=True, compile=True)
-    bench.measure(here, ("base",), ["svfit", "svft"], 2, 1)
+    here = make(compile=True)
+    bench.measure(here, ["svfit", "svft"], 2, 1)
     assert len(computed) == 6 + 6, "one per layer and row"
-    assert seen == [nn.Linear, METHODS["svfit"], METHODS["svft"], nn.Linear] and len(compiled) == 4
+    assert len(compiled) == 4
     bench.row_model("svfit", here)
     assert len(computed) == 6 + 6 + 6, "the factors of the last row must not stay in memory"
 
@@ -142,7 +140,7 @@ def test_methods_all_includes_a_new_method(monkeypatch, capsys):
     ("--model gpt3", ["--model", "gpt2"]), ("--rounds 1", ["--rounds", "of at least 2", "'1'"]),
     ("--no-such-flag", ["--no-such-flag"]), ("--methods svfti", ["svfti", "svfit"]),
     ("--methods svft:pattern=topk", ["topk", "up", "512x128"]), ("--methods merged", ["no method 'merged'"]),
-    ("--targets qwery --methods head", ["'qwery'", "query"]), ("--inference --methods head", ["at least one"])])
+    ("--targets qwery --methods head", ["'qwery'", "query"])])
 def test_bad_flags_are_refused_in_one_line(argv, parts, capsys, monkeypatch):
     monkeypatch.setattr(bench, "measure", lambda *a: pytest.fail("the measurement started"))
     assert run_command(bench.command, [*SMALL, *argv.split()]) == 2

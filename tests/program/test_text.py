@@ -135,13 +135,13 @@ def test_bpe_merges_the_most_frequent_pairs():
 def naive_bpe(text, vocab_size):
     """Train the same BPE by counting every pair again for each token."""
     import regex
-    words = [list(word.encode()) for word in regex.findall(K.GPT2_PATTERN, text)]
+    words = [word.encode().decode("latin-1") for word in regex.findall(K.GPT2_PATTERN, text)]   # a character a token
     tokens = [bytes([b]) for b in range(256)]
     while len(tokens) < vocab_size:
-        counts = K.Counter(pair for ids in words for pair in zip(ids, ids[1:]))
+        counts = K.Counter(pair for word in words for pair in zip(word, word[1:]))
         pair = min(counts, key=lambda p: (-counts[p], p))
-        words = [K.join_pair(ids, pair, len(tokens)) for ids in words]
-        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        words = [word.replace("".join(pair), chr(len(tokens))) for word in words]
+        tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
     return [token.hex() for token in tokens]
 
 
