@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt
 import train_vit
-from little import little   # noqa: F401  a fixture
+from helpers import (Toy, interrupt_at, little, run_folder, same, tiny_gpt, token_loss,   # noqa: F401
+                     train_config)
 from svmini import GPT, GPTConfig, ViT, ViTConfig, adapt
 from svmini.data.arithmetic import Arithmetic
 from svmini.data.image_datasets import open_images
@@ -18,7 +19,6 @@ from svmini.data.images import ImageClassification
 from svmini.model_file import save_model
 from svmini.training.device import resolve_device
 from svmini.training.loop import Stopped, train
-from toy import Toy, interrupt_at, run_folder, same, tiny_gpt, token_loss, train_config
 
 
 class NoWaits(TorchDispatchMode):
@@ -30,7 +30,7 @@ class NoWaits(TorchDispatchMode):
 
 
 def on(device, task):
-    """A task of toy.py whose batches are on the device."""
+    """A task whose batches are on the device."""
     def batch(*key):
         return tuple(t.to(device, non_blocking=True) for t in task.batch(*key))
     return Toy(batch=batch, evaluate=lambda model, split: {"loss": 1.0, "metric": 1.0})

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from tiny_models import seeded
+from helpers import seeded
 
 
 def random_state(shapes, dtype):

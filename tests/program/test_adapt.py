@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from adapted import (ONE_EACH, TARGETS, Net, all_tensors, assert_close, fit, gpt, noise, rejected, same, train, vit)
+from helpers import (ONE_EACH, TARGETS, Net, adapt_spec, all_tensors, assert_close, noise, rejected, same, take_steps,
+                     tiny_gpt, tiny_vit)
 from torch.nn.utils import prune
 
 import svmini
@@ -42,7 +43,7 @@ def test_an_unknown_method_or_option_is_rejected():
 
 def test_every_layer_is_checked_before_one_is_changed():
     """Options that do not fit name the layer; tests/math/test_contract.py tests which options those are."""
-    with rejected(model := gpt(), "blocks.0.mlp.up (64x16)", "topk", "square", "query"):
+    with rejected(model := tiny_gpt(n_layer=2), "blocks.0.mlp.up (32x8)", "topk", "square", "query"):
         adapt(model, "svft", pattern="topk")
     model = chain(first=lin(), second=lin(16, 12), third=lin(12, 4))
     with rejected(model, "third (4x12)", "rank", "from 1 to 4", "8"):
@@ -98,8 +99,8 @@ def test_a_target_is_the_end_of_a_path_at_a_dot(target, found):
 def test_adapt_records_which_layers_it_adapted():
     """So that nobody overlooks a layer: a gate that was added to the MLP is not among the default targets."""
     assert GPT.targets == ViT.targets == ("query", "key", "value", "out", "up", "down")
-    for model in (gpt(), vit()):
-        model.blocks[1].mlp.gate = lin(16, 64)
+    for model in (tiny_gpt(n_layer=2), tiny_vit(n_layer=2)):
+        model.blocks[1].mlp.gate = lin(8, 32)
         adapt(model, "lora", rank=2)
         assert model.adaptation["layers"] == list(adapters_of(model)) == [
             f"blocks.{i}.{part}" for i in range(2) for part in (
@@ -177,7 +178,7 @@ def test_a_subclass_that_computes_as_nn_linear_does_is_adapted():
 
 
 def test_a_shared_layer_is_no_target():
-    with rejected(model := gpt(), "head shares its weight"):
+    with rejected(model := tiny_gpt(n_layer=2), "head shares its weight"):
         adapt(model, "lora", targets=("query", "head"), rank=2)
     with rejected(model, "also_train: head shares a weight"):
         adapt(model, "lora", also_train=("head",), rank=2)
@@ -190,7 +191,7 @@ def test_a_shared_layer_is_no_target():
 
 
 MODELS = {   # and the targets that are offered
-    "GPT": (gpt, (), "query, key, value, out, up, down"), "ViT": (vit, ("head",), "query, key, value, out, up, down"),
+    "GPT": (tiny_gpt, (), "query, key, value, out, up, down"), "ViT": (tiny_vit, ("head",), "query, key, value, out, up, down"),
     "a name twice": (lambda: chain(fc=lin(), deep=chain(fc=nn.Conv2d(3, 3, 1), proj=lin())), (), "proj"),
     "indices": (lambda: chain(lin(), nn.ReLU(), chain(lin(), nn.Tanh(), lin(16, 8))), (), "0, 2.0, 2.2"),
     "attention": (lambda: nn.TransformerEncoderLayer(16, 2, 32), (), "out_proj, linear1, linear2"),
@@ -212,7 +213,7 @@ def test_what_an_error_suggests_is_accepted(name):
 
 
 def test_also_train_names_modules():
-    with rejected(model := gpt(), "there is no head to train"):
+    with rejected(model := tiny_gpt(n_layer=2), "there is no head to train"):
         adapt(model, "head")
     model = Net()
     with rejected(model, "also_train", "'haed'", "did you mean 'head'"):
@@ -234,7 +235,7 @@ def test_count_trainable_separates_adapters_from_the_rest():
     assert count_trainable(model) == {"adapter": 16, "head": 32, "total": 48}
     for full in (Net(), adapt(Net(), "full")):
         assert count_trainable(full) == {"adapter": 16 * 17 + 16 * 16 + 32, "head": 51, "total": 611}
-    tied = gpt()
+    tied = tiny_gpt(n_layer=2)
     assert count_trainable(tied)["total"] == sum(p.numel() for p in tied.parameters())   # the tied matrix once
 
 
@@ -287,12 +288,12 @@ def test_modes_and_defaults_around_a_call_change_nothing(spec, tmp_path):
         models, out, x = [Net(), Net()], [], noise(4, 16)
 
         def steps(model):
-            return train(model, lambda m: m(x).square().sum())
+            return take_steps(model, lambda m: m(x).square().sum())
 
         torch.manual_seed(3)
         svmini.methods.svd.clear_svd_cache()
         with mode:
-            out.append(all_tensors(fit(spec, models[0])))
+            out.append(all_tensors(adapt_spec(spec, models[0])))
         steps(models[0])
         with mode:
             save_adapter(models[0], path)
@@ -315,11 +316,11 @@ def test_wrappers_are_looked_through(tmp_path):
     x, path, parallel = noise(4, 16), tmp_path / "a.pt", nn.DataParallel
     for wrap in (compiled, parallel, lambda m: parallel(compiled(m)), lambda m: compiled(parallel(m))):
         wrapped, plain = wrap(Net()), Net()
-        assert fit("svft", wrapped) is wrapped
-        train(wrapped, lambda m: m(x).square().sum())
-        assert count_trainable(wrapped) == count_trainable(fit("svft", Net()))
+        assert adapt_spec("svft", wrapped) is wrapped
+        take_steps(wrapped, lambda m: m(x).square().sum())
+        assert count_trainable(wrapped) == count_trainable(adapt_spec("svft", Net()))
         with rejected(wrapped, "query is already adapted"):
-            fit("svft", wrapped)
+            adapt_spec("svft", wrapped)
         with rejected(wrapped, "cannot become torch.float16"):
             wrapped.half()
         save_adapter(wrapped, path)
@@ -330,6 +331,6 @@ def test_wrappers_are_looked_through(tmp_path):
 
 def test_train_and_eval_mode_stay():
     for training in (True, False):
-        model = fit("svft", Net().train(training))
+        model = adapt_spec("svft", Net().train(training))
         assert {m.training for m in model.modules()} == {training}
         assert {m.training for m in merge(model).modules()} == {training}

@@ -9,17 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
-from adapted import ONE_EACH, SPECS, Net, assert_close, fit, fits, gpt, move, noise, rejected, train
+from helpers import (ONE_EACH, SQUARE, Net, adapt_spec, assert_close, move, noise, rejected, take_steps, tiny_gpt)
 
 from svmini import GPT, GPTConfig, adapt, count_trainable, files, load_adapter, merge, save_adapter
 from svmini.methods import svfit, svft
 from svmini.methods.svd import clear_svd_cache, thin_svd
 
-SQUARE = [spec for spec in SPECS if fits(spec, 16, 16)]
-
 
 def trained(spec="svft", base=None, **more):
-    return move(fit(spec, base or Net(), **more))
+    return move(adapt_spec(spec, base or Net(), **more))
 
 
 @pytest.fixture
@@ -57,7 +55,7 @@ def test_a_file_restores_the_model(spec, path, tmp_path):
 
 IN_ANOTHER_PROCESS = """
 import torch
-from adapted import Net, noise
+from helpers import Net, noise
 from svmini import load_adapter
 torch.set_num_threads(2)
 torch.manual_seed(777)
@@ -91,10 +89,10 @@ def test_file_objects_work_like_paths(path):
 
 def test_tied_weights_stay_tied(path):
     """The tied matrix is in the fingerprint once, and one matrix after loading."""
-    tokens = torch.arange(8)[None]
-    model = move(adapt(gpt(), "svft"))
+    tokens = torch.arange(7)[None]
+    model = move(adapt(tiny_gpt(n_layer=2), "svft"))
     save_adapter(model, path)
-    loaded = load_adapter(gpt(), path)
+    loaded = load_adapter(tiny_gpt(n_layer=2), path)
     assert loaded.head.weight is loaded.token_embedding.weight
     assert_close(loaded(tokens), model(tokens))
 
@@ -129,7 +127,7 @@ class Classified(nn.Module):
 
 
 def steps(model):
-    return train(model, lambda m: m(noise(8, 16)).square().sum()).eval()
+    return take_steps(model, lambda m: m(noise(8, 16)).square().sum()).eval()
 
 
 def test_a_classifier_of_any_name_and_what_was_unfrozen_by_hand_are_saved(path):

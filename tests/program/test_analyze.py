@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from adapted import gpt, move
+from helpers import move, tiny_gpt
 
 from svmini import adapt, analyze, model_file, save_adapter
 from svmini.cli import run_command
@@ -66,7 +66,7 @@ def test_a_band_is_laid_flat():
                                              ("svft", {"basis": "random"})])
 def test_the_command_prints_a_table_and_draws_a_figure(method, options, tmp_path, capsys, monkeypatch):
     """The base is read once, and a notebook keeps its matplotlib backend."""
-    base, model = trained(method, gpt, ("query", "up"), **options)
+    base, model = trained(method, lambda: tiny_gpt(n_layer=2), ("query", "up"), **options)
     model_file.save_model(tmp_path / "model.pt", base, {"data": "x"})
     save_adapter(model, tmp_path / "adapter.pt")
     reads, load = [], torch.load
@@ -87,9 +87,9 @@ def test_the_command_prints_a_table_and_draws_a_figure(method, options, tmp_path
 def test_the_best_row_of_a_comparison_is_drawn(tmp_path, monkeypatch, capsys):
     drawn = []
     monkeypatch.setattr(analyze, "draw", lambda path, layers, method, _: drawn.append((method, len(layers))) or True)
-    base, rows = gpt(), [{"method": spec, "seed": 3, "metric": loss, "higher_is_better": False} for spec, loss in (
+    base, rows = tiny_gpt(n_layer=2), [{"method": spec, "seed": 3, "metric": loss, "higher_is_better": False} for spec, loss in (
         ("zero-shot", 0.5), ("svft:pattern=plain", 2.0), ("svfit", 1.5), ("lora:rank=8", 1.0), ("svft", None))]
-    save_adapter(trained("svfit", gpt)[1], tmp_path / "runs" / "svfit-seed3" / "adapter.pt")
+    save_adapter(trained("svfit", lambda: tiny_gpt(n_layer=2))[1], tmp_path / "runs" / "svfit-seed3" / "adapter.pt")
     analyze.draw_best(tmp_path, rows, base)
     assert drawn == [("svfit", 12)] and "the update by svfit" in capsys.readouterr().out
     analyze.draw_best(tmp_path, rows[3:], base)

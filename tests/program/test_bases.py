@@ -8,7 +8,7 @@ import torch
 import train_gpt
 import train_vit
 from fake_datasets import build, build_tree
-from little import PROSE, call, little, read, rows   # noqa: F401  little is a fixture
+from helpers import PROSE, call, little, read, rows   # noqa: F401  little is a fixture
 from svmini import GPT, GPTConfig, ViT, ViTConfig, model_file
 from svmini.data import image_datasets
 from svmini.model_file import load_model, save_model

@@ -13,14 +13,13 @@ import pytest
 import torch
 
 import train_gpt
-from little import call, little   # noqa: F401  little is a fixture
+from helpers import (CPU, Toy, assert_same_folder, call, interrupt_at, little, log_of, run_folder, same,   # noqa: F401
+                     score, timeless, tiny_gpt, train_config, walk)
 from svmini import adapt, files
 from svmini.errors import InputError
 from svmini.training import compare, pretrain
 from svmini.training.checkpoint import RUN_FILES, RunFolder, delete_run, differences, file_name
 from svmini.training.loop import Stopped, make_optimizer, train
-from toy import (CPU, Toy, assert_same_folder, interrupt_at, log_of, run_folder, same, score, timeless, tiny_gpt,
-                 train_config, walk)
 
 CONFIG = train_config(weight_decay=0.1)
 RUN_CONFIG = {"data": "a", "lr": 1, "betas": (0.9, 0.999)}
@@ -289,7 +288,7 @@ ARITHMETIC = ["--data", "arithmetic", "--methods", "svft", "lora:rank=2", "--ste
 @pytest.mark.parametrize("nth", [1, *(pytest.param(i, marks=pytest.mark.slow) for i in range(2, 12))])
 @pytest.mark.parametrize("stage", ["runs", pytest.param("pretrain", marks=pytest.mark.slow)])
 def test_a_process_killed_at_a_random_moment_resumes_to_the_last_bit(stage, nth, tmp_path, uninterrupted):
-    argv = [sys.executable, str(Path(__file__).with_name("little.py")), "train_gpt", *ARITHMETIC, "--device", "cpu"]
+    argv = [sys.executable, str(Path(__file__).with_name("helpers.py")), "train_gpt", *ARITHMETIC, "--device", "cpu"]
     process = subprocess.Popen([*argv, "--save-every", "1", "--out", str(tmp_path)], stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     limit = time.monotonic() + 120

@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from helpers import (CPU, Toy, assert_same_folder, image_task, interrupt_at, same, timeless, tiny_gpt, tiny_vit,
+                     token_loss, train_config, walk)
 from svmini import GPT, METHODS, adapt, load_adapter
 from svmini.errors import InputError
 from svmini.methods.lora import LoRA
 from svmini.model_file import load_model
 from svmini.training import compare
 from svmini.training.loop import Diverged, Stopped
-from toy import (CPU, Toy, assert_same_folder, image_task, interrupt_at, same, timeless, tiny_gpt, tiny_vit, token_loss,
-                 train_config, walk)
 
 CONFIG = train_config(steps=6)
 SWEEP = {"steps": 6, "batch_size": 4, "seed": 3}   # CONFIG without its learning rate

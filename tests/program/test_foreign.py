@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from adapted import ONE_EACH, assert_close, fit, noise, rejected, train
+from helpers import ONE_EACH, adapt_spec, assert_close, noise, rejected, take_steps
 
 from svmini import GPT, adapt, count_trainable, load_adapter, merge, save_adapter
 from svmini.adapting import adapters_of
@@ -34,18 +34,18 @@ def run(spec, base, outputs, targets, path, dtype=torch.float32, **more):
     base, eps = base.to(dtype).eval(), EPS[dtype]
     fresh = copy.deepcopy(base)
     start = evaluate(base, outputs)
-    model = fit(spec, base, targets, **more)
+    model = adapt_spec(spec, base, targets, **more)
     assert model is base and len(adapters_of(model)) == len(model.adaptation["layers"]) > 0
     assert_close(evaluate(model, outputs), start, eps)                   # it starts from the base
     counts = count_trainable(model)
-    train(model.train(), lambda m: outputs(m).square().mean())
+    take_steps(model.train(), lambda m: outputs(m).square().mean())
     expected = evaluate(model, outputs)
     assert (expected - start).abs().max() > 1e-4 * start.abs().max()     # it has learned something
     save_adapter(model, path)
     loaded = load_adapter(fresh, path)
     assert count_trainable(loaded) == counts
     assert_close(evaluate(loaded, outputs), expected, min(eps, 1e-5))
-    train(loaded.train(), lambda m: outputs(m).square().mean())          # training can continue
+    take_steps(loaded.train(), lambda m: outputs(m).square().mean())          # training can continue
     assert_close(evaluate(merge(model), outputs), expected, eps)
     assert {type(model.get_submodule(name)) for name in loaded.adaptation["layers"]} == {nn.Linear}
     return model
@@ -103,7 +103,7 @@ def test_the_fast_path_is_taken_and_is_right(monkeypatch):
     """In evaluation without gradients, by its own call, with the same outputs as the slow path."""
     x, calls, fast = noise(3, 5, 16), [], torch._transformer_encoder_layer_fwd
     monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", lambda *args: calls.append(args) or fast(*args))
-    model = train(adapt(encoder(), "svft", targets=TARGETS), lambda m: m(x).square().mean()).eval()
+    model = take_steps(adapt(encoder(), "svft", targets=TARGETS), lambda m: m(x).square().mean()).eval()
     slow = model(x)                                                      # with gradients: the slow one
     assert not calls
     with torch.no_grad():

@@ -4,18 +4,17 @@ import copy
 
 import pytest
 import torch
-from adapted import SPECS, TARGETS, Net, all_tensors, assert_close, fit, fits, move, noise, rejected, same, train
+from helpers import (SQUARE, TARGETS, Net, adapt_spec, all_tensors, assert_close, move, noise, rejected, same,
+                     take_steps)
 
 from svmini import load_adapter, merge, save_adapter
 from svmini.adapting import exact_weight
-
-SQUARE = [spec for spec in SPECS if fits(spec, 16, 16)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("spec", SQUARE)
 def test_frozen_tensors_keep_the_dtype_and_merge_rounds_once_or_not_at_all(spec, dtype, tmp_path):
-    model, x = move(fit(spec, Net().to(dtype), also_train=())), noise(5, 16).to(dtype)
+    model, x = move(adapt_spec(spec, Net().to(dtype), also_train=())), noise(5, 16).to(dtype)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     save_adapter(model, tmp_path / "a.pt")
     loaded = load_adapter(Net().to(dtype), tmp_path / "a.pt")
@@ -31,7 +30,7 @@ def test_frozen_tensors_keep_the_dtype_and_merge_rounds_once_or_not_at_all(spec,
 
 @pytest.mark.parametrize("spec", SQUARE)
 def test_a_float32_base_is_the_same_base_if_its_values_are_equal(spec, tmp_path):
-    model = move(fit(spec, Net().bfloat16(), also_train=()), 0.02)
+    model = move(adapt_spec(spec, Net().bfloat16(), also_train=()), 0.02)
     save_adapter(model, tmp_path / "a.pt")
     with rejected(original := Net(), "another base", "was in bfloat16", "is in float32"):
         load_adapter(original, tmp_path / "a.pt")
@@ -44,7 +43,7 @@ def test_a_float32_base_is_the_same_base_if_its_values_are_equal(spec, tmp_path)
 def test_an_update_below_half_a_unit_in_the_last_place_is_kept_only_in_float32():
     model = Net().bfloat16()
     model.query.weight.data.fill_(1.0)
-    fit("random_mask:off_diagonals=15", model, also_train=()).query.e.data.fill_(2.0 ** -9)
+    adapt_spec("random_mask:off_diagonals=15", model, also_train=()).query.e.data.fill_(2.0 ** -9)
     assert set(merge(copy.deepcopy(model)).query.weight.flatten().tolist()) == {1.0}
     assert set(merge(model, torch.float32).query.weight.flatten().tolist()) == {1.0 + 2.0 ** -9}
 
@@ -61,8 +60,8 @@ def test_mixed_dtypes_and_a_head_in_float32(tmp_path):
             return model(noise(8, 16)).float().square().sum()
 
     with pytest.warns(UserWarning, match="half precision loses small steps"):
-        fit("svft", Net().bfloat16())
-    before, model = make().head.weight, train(fit("svft", make()), loss, lr=1e-5)   # steps that bf16 would lose
+        adapt_spec("svft", Net().bfloat16())
+    before, model = make().head.weight, take_steps(adapt_spec("svft", make()), loss, lr=1e-5)   # steps that bf16 would lose
     assert (model.head.weight != before).all() and model.adaptation["dtype"] == "bfloat16, float32"
     save_adapter(model, tmp_path / "a.pt")
     assert torch.equal(loss(load_adapter(make(), tmp_path / "a.pt")), loss(model))

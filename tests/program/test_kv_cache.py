@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from tiny_models import seeded
+from helpers import seeded
 from svmini import GPT, GPTConfig
 from svmini.models.transformer import KVCache
 

@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 
+from helpers import CPU, Toy, image_task, log_of, run_folder, tiny_gpt, tiny_vit, token_loss, train_config, walk
 from svmini import adapt
 from svmini.data import IGNORE_INDEX
 from svmini.errors import InputError
@@ -16,7 +17,6 @@ from svmini.rng import generator
 from svmini.training import loop
 from svmini.training.device import DeviceConfig, prepare_device, resolve_device
 from svmini.training.loop import Diverged, evaluate, lr_multiplier, make_optimizer, train
-from toy import CPU, Toy, image_task, log_of, run_folder, tiny_gpt, tiny_vit, token_loss, train_config, walk
 
 
 def test_a_generator_depends_on_its_key_alone():

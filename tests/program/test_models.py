@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tiny_models import SMALL_GPT, SMALL_VIT, gpt, perturb, seeded, tokens
+from helpers import SMALL_GPT, SMALL_VIT, seeded, small_gpt, small_vit, tokens
 from svmini import GPT, GPTConfig, ViT, ViTConfig
 from svmini.errors import InputError
 from svmini.models.transformer import Attention
@@ -31,7 +31,7 @@ def test_attention_is_softmax_of_scaled_products(causal):
 
 
 def test_a_token_of_a_gpt_depends_on_earlier_tokens_of_its_row_only():
-    model, x = gpt(), tokens(3, 10)
+    model, x = small_gpt(), tokens(3, 10)
     logits = model(x)
     changed = x.clone()
     changed[:, 6] = (changed[:, 6] + 1) % 31
@@ -42,7 +42,7 @@ def test_a_token_of_a_gpt_depends_on_earlier_tokens_of_its_row_only():
 
 
 def test_the_logits_of_a_vit_depend_on_all_patches_of_its_own_image_only():
-    model, x = perturb(ViT(SMALL_VIT)), torch.randn(3, 3, 12, 12)
+    model, x = small_vit(), torch.randn(3, 3, 12, 12)
     logits = model(x)
     assert logits.shape == (3, 5) and torch.allclose(model(x[1:2]), logits[1:2], atol=1e-5)
     for row in (0, 4, 8):
@@ -53,8 +53,8 @@ def test_the_logits_of_a_vit_depend_on_all_patches_of_its_own_image_only():
 
 
 @pytest.mark.parametrize("make, x", [
-    (lambda p: gpt(replace(SMALL_GPT, dropout=p)), tokens(2, 8)),
-    (lambda p: perturb(ViT(replace(SMALL_VIT, dropout=p))), torch.ones(2, 3, 12, 12)),
+    (lambda p: small_gpt(dropout=p), tokens(2, 8)),
+    (lambda p: small_vit(dropout=p), torch.ones(2, 3, 12, 12)),
     (lambda p: Attention(12, 3, False, p), torch.ones(2, 5, 12).cumsum(1))])
 def test_dropout_is_active_in_training_mode_only(make, x):
     model, without = make(0.5), make(0.0).eval()
@@ -76,7 +76,7 @@ def test_initialization():
                           (block.mlp.up, wide), (block.mlp.down, wide / 8 ** 0.5)):
             assert part.weight.std().item() == pytest.approx(std, rel=0.1) and not part.bias.any()
     assert model.token_embedding.weight.std().item() == pytest.approx(wide, rel=0.1)
-    assert not perturb(ViT(SMALL_VIT)).reset_classifier(4)(torch.randn(2, 3, 12, 12)).any(), "starts at zero"
+    assert not small_vit().reset_classifier(4)(torch.randn(2, 3, 12, 12)).any(), "starts at zero"
 
 
 def test_the_default_targets_are_all_linear_layers_but_the_head():
@@ -114,20 +114,20 @@ def test_inputs_of_the_wrong_shape_are_rejected():
     for shape in ((2, 1, 12, 12), (2, 3, 13, 13), (3, 12, 12)):
         with pytest.raises(ValueError, match=r"this ViT takes \(B, 3, 12, 12\)"):
             ViT(SMALL_VIT)(torch.zeros(shape))
-    assert gpt()(tokens(1, 10)).shape == (1, 10, 31)
+    assert small_gpt()(tokens(1, 10)).shape == (1, 10, 31)
     with pytest.raises(ValueError, match="11 tokens do not fit .* block_size=10"):
-        gpt()(tokens(1, 11))
+        small_gpt()(tokens(1, 11))
 
 # ---- generation ----
 
 def test_logits_at_one_position_of_each_row():
-    model, x, at = gpt(), tokens(4, 10), torch.tensor([9, 0, 4, 7])
+    model, x, at = small_gpt(), tokens(4, 10), torch.tensor([9, 0, 4, 7])
     expected = torch.stack([model(x)[i, t] for i, t in enumerate(at)])
     assert expected.shape == (4, 31) and (model(x, last_positions=at) - expected).abs().max() < 1e-12
 
 
 def test_greedy_decoding_takes_the_most_likely_token():
-    model, x = gpt(), tokens(3, 4)
+    model, x = small_gpt(), tokens(3, 4)
     out = model.generate(x, 5, temperature=0)
     assert out.shape == (3, 9) and torch.equal(out[:, :4], x)
     for t in range(4, 9):
@@ -138,7 +138,7 @@ def test_greedy_decoding_takes_the_most_likely_token():
 
 @pytest.mark.parametrize("temperature, top_k", [(2.0, None), (0.5, 4), (1.0, 1000)])
 def test_sampling_follows_the_probabilities(temperature, top_k):
-    model, n = gpt(), 4000
+    model, n = small_gpt(), 4000
     with torch.no_grad():
         logits = model(tokens(1, 4))[0, -1] / temperature
     if top_k is not None and top_k < 31:
@@ -151,7 +151,7 @@ def test_sampling_follows_the_probabilities(temperature, top_k):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_generation_restores_the_mode_and_does_not_use_the_global_generator(training):
-    model, x, before = gpt(replace(SMALL_GPT, dropout=0.5)), tokens(1, 3), torch.get_rng_state()
+    model, x, before = small_gpt(dropout=0.5), tokens(1, 3), torch.get_rng_state()
     model.train(training)
     one, same, other = (model.generate(x, 12, temperature=5.0, generator=seeded(s)) for s in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, other), "generation has no dropout"

@@ -8,7 +8,7 @@ import torch
 from svmini import GPT, GPTConfig
 from svmini.errors import InputError
 from svmini.training import pretrain
-from toy import CPU, Toy, same, tiny_gpt, token_loss, train_config, walk
+from helpers import CPU, Toy, same, tiny_gpt, token_loss, train_config, walk
 
 CONFIG = train_config(steps=6)
 

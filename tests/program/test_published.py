@@ -10,7 +10,7 @@ import torchvision
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from published_states import as_hugging_face, gpt2_forward, gpt2_state, timm_state, vit_features
-from tiny_models import SMALL_GPT, SMALL_VIT, gpt, images, perturb, same_tensors, tokens
+from helpers import SMALL_GPT, SMALL_VIT, move, noise, same, small_gpt, small_vit, tokens
 from svmini import GPT, ViT, ViTConfig, adapt
 from svmini.errors import InputError
 from svmini.model_file import load_model, save_model
@@ -19,9 +19,9 @@ from svmini.models.published import IMAGENET
 HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
 
 
-def torchvision_vit(seed=0, **changes):
+def torchvision_vit(**changes):
     sizes = dict(image_size=12, patch_size=4, num_layers=2, num_heads=3, hidden_dim=12, mlp_dim=20, num_classes=5)
-    return perturb(torchvision.models.VisionTransformer(**sizes | changes), seed)
+    return move(torchvision.models.VisionTransformer(**sizes | changes), 0.3).eval()
 
 
 STATES = {   # a state dict in each format, made when a test asks for it
@@ -41,19 +41,19 @@ def test_gpt_computes_what_gpt2_computes_and_its_weights_convert_back_exactly(tm
     assert model.config == SMALL_GPT and torch.allclose(model(x), gpt2_forward(state, x), atol=1e-11)
     back = model.to_gpt2()
     prefixed = {f"transformer.{k}": v for k, v in state.items()}
-    assert same_tensors(back, prefixed | {"lm_head.weight": state["wte.weight"]})
+    assert same(back, prefixed | {"lm_head.weight": state["wte.weight"]})
     assert all(v.is_contiguous() and not v.requires_grad for v in back.values())
     masks = {f"h.{i}.attn.{kind}": torch.ones(1) for i in range(2) for kind in ("bias", "masked_bias")}
     torch.save(state | masks, tmp_path / "weights.pt")
     for source in (back, str(tmp_path / "weights.pt"), {"model": state}, {"state_dict": state}):
-        assert same_tensors(GPT.from_pretrained(source, n_head=3).state_dict(), model.state_dict())
+        assert same(GPT.from_pretrained(source, n_head=3).state_dict(), model.state_dict())
     model.head.weight = torch.nn.Parameter(model.head.weight + 1)
     with pytest.raises(InputError, match="head.weight differs from token_embedding.weight"):
         model.to_gpt2()
 
 
 def test_the_head_of_a_gpt_is_its_token_embedding():
-    fresh, loaded = gpt(), GPT.from_pretrained(gpt2_state(), n_head=3)
+    fresh, loaded = small_gpt(), GPT.from_pretrained(gpt2_state(), n_head=3)
     for model in (fresh, loaded, fresh.double(), loaded.float()):
         assert model.head.weight is model.token_embedding.weight
         block = 12 * 12 * 12 + 13 * 12   # 12 d² in matrices; 9 d in biases, 4 d in LayerNorms
@@ -68,10 +68,10 @@ def test_the_head_of_a_gpt_is_its_token_embedding():
 def test_vit_computes_what_torchvisions_computes_and_its_weights_convert_back_exactly(changes):
     model = torchvision_vit(**changes)
     ours = ViT.from_pretrained(model.state_dict(), n_head=changes.get("num_heads", 3)).eval()
-    x = images(4, 3, model.image_size, model.image_size)
+    x = noise(4, 3, model.image_size, model.image_size)
     assert model(x).std() > 0.1 and (ours(x) - model(x)).abs().max() < 1e-5
     assert {"mean": ours.config.mean, "std": ours.config.std} == IMAGENET
-    assert same_tensors(ours.to_torchvision(), dict(model.state_dict()))
+    assert same(ours.to_torchvision(), dict(model.state_dict()))
 
 
 @pytest.mark.parametrize("convert, scales, rule, options", [
@@ -85,7 +85,7 @@ def test_vit_computes_what_torchvisions_computes_and_its_weights_convert_back_ex
 @pytest.mark.parametrize("classes", [5, 0])
 def test_vit_computes_what_the_published_model_computes(convert, scales, rule, options, classes, tmp_path, capsys):
     """Compared with a forward pass that is written out. classes=0: without a classifier, the features are compared."""
-    state, x = timm_state(classes=classes, scales=scales), images(4, 3, 12, 12).double()
+    state, x = timm_state(classes=classes, scales=scales), noise(4, 3, 12, 12).double()
     theirs = convert(state)
     model = ViT.from_pretrained(theirs, n_head=2)
     assert model.config == ViTConfig(12, 4, 3, classes or 1, 2, 2, 12, 20, position_interpolation=rule, **options)
@@ -99,14 +99,14 @@ def test_vit_computes_what_the_published_model_computes(convert, scales, rule, o
     assert (model(x) - features).abs().max() < 1e-11
     torch.save({"model": theirs, "epoch": 3}, tmp_path / "checkpoint.pth")
     again = ViT.from_pretrained(tmp_path / "checkpoint.pth", n_head=2)
-    assert same_tensors(again.state_dict(), ViT.from_pretrained(theirs, n_head=2).state_dict())
+    assert same(again.state_dict(), ViT.from_pretrained(theirs, n_head=2).state_dict())
     assert ("the pooler of these weights is left out" in capsys.readouterr().out) is ("vit.pooler.dense.bias" in theirs)
 
 
 def test_gpt_computes_what_transformers_gpt2_computes():
     transformers = pytest.importorskip("transformers")
-    model = perturb(transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=31, n_positions=10, n_embd=12, n_layer=2, n_head=3)))
+    model = move(transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=31, n_positions=10, n_embd=12, n_layer=2, n_head=3)), 0.3).eval()
     ours, x = GPT.from_pretrained(model.state_dict(), n_head=3), tokens(2, 10)
     assert (ours(x) - model(x).logits).abs().max() < 1e-4
     model.load_state_dict(ours.to_gpt2(), strict=True)
@@ -119,12 +119,12 @@ def test_vit_computes_what_transformers_computes_at_any_size(name, options, tmp_
     transformers = pytest.importorskip("transformers")
     config = (transformers.Dinov2Config if "Dino" in name else transformers.ViTConfig)(
         hidden_size=12, num_hidden_layers=2, num_attention_heads=3, image_size=12, patch_size=4, **options)
-    model = perturb(getattr(transformers, name)(config))
+    model = move(getattr(transformers, name)(config), 0.3).eval()
     model.save_pretrained(tmp_path)
     at_any_size = {} if "Dino" in name else {"interpolate_pos_encoding": True}
     for source in (tmp_path / "model.safetensors", model.state_dict()):
         for size in (12, 20):
-            ours, x = ViT.from_pretrained(source, n_head=3, image_size=size).eval(), images(4, 3, size, size)
+            ours, x = ViT.from_pretrained(source, n_head=3, image_size=size).eval(), noise(4, 3, size, size)
             theirs = model(x, **at_any_size)
             expected = theirs.last_hidden_state[:, 0] if name.endswith("Model") else theirs.logits
             ours.head = torch.nn.Identity() if name.endswith("Model") else ours.head
@@ -134,10 +134,10 @@ def test_vit_computes_what_transformers_computes_at_any_size(name, options, tmp_
 @pytest.mark.parametrize("options", [{"num_classes": 5}, {"num_classes": 5, "init_values": 0.1}, {"num_classes": 0}])
 def test_vit_computes_what_timms_computes_at_any_size(options):
     timm = pytest.importorskip("timm")
-    model = perturb(timm.models.VisionTransformer(
-        img_size=12, patch_size=4, embed_dim=12, depth=2, num_heads=3, dynamic_img_size=True, **options))
+    model = move(timm.models.VisionTransformer(
+        img_size=12, patch_size=4, embed_dim=12, depth=2, num_heads=3, dynamic_img_size=True, **options), 0.3).eval()
     for size in (12, 8, 20):
-        ours, x = ViT.from_pretrained(model.state_dict(), n_head=3, image_size=size).eval(), images(4, 3, size, size)
+        ours, x = ViT.from_pretrained(model.state_dict(), n_head=3, image_size=size).eval(), noise(4, 3, size, size)
         resampled = timm.layers.resample_abs_pos_embed(model.pos_embed, [size // 4, size // 4])
         assert torch.equal(ours.position_embedding, resampled)
         ours.head = ours.head if options["num_classes"] else torch.nn.Identity()
@@ -153,7 +153,7 @@ def test_a_new_classifier_and_another_image_size(name):
     kept, new = ViT.from_pretrained(state, n_head=3), ViT.from_pretrained(state, 7, n_head=3, image_size=20)
     assert new.config == replace(kept.config, num_classes=7, image_size=20) and new.head.weight.shape == (7, 12)
     assert new.head.weight.dtype == torch.float64 and not new.head.weight.any() and not new.head.bias.any()
-    assert same_tensors(*({k: v for k, v in m.state_dict().items() if not k.startswith("head.")}
+    assert same(*({k: v for k, v in m.state_dict().items() if not k.startswith("head.")}
                           for m in (kept.set_input_size(20), new)))
     headless = {k: v for k, v in state.items() if not k.startswith(("head", "classifier"))}
     for num_classes, n in ((7, 7), (None, 1)):
@@ -198,7 +198,7 @@ def resample(x, old, new, position):
     ("torchvision", lambda i, new: i * 4 / (new - 1)), ("huggingface", lambda i, new: (i + 0.5) * 5 / new - 0.5),
     ("dino", lambda i, new: (i + 0.5) * 5 / (new + 0.1) - 0.5)])
 def test_position_embeddings_are_resampled_where_the_rule_says(rule, position, new):
-    model = perturb(ViT(replace(SMALL_VIT, image_size=20, position_interpolation=rule))).double()
+    model = small_vit(image_size=20, position_interpolation=rule).double()
     before = model.position_embedding.detach()
     rows = resample(before[0, 1:].view(5, 5, 12), 5, new, lambda i: position(i, new))             # (new, 5, d)
     grid = resample(rows.transpose(0, 1), 5, new, lambda i: position(i, new)).transpose(0, 1)     # (new, new, d)
@@ -224,7 +224,7 @@ def test_position_embeddings_are_those_of_torchvision(old, new):
     assert model.set_input_size(new) is model and model.config.image_size == new
     assert torch.allclose(model.position_embedding, expected, atol=1e-6)
     state["encoder.pos_embedding"] = model.position_embedding.detach()
-    assert same_tensors(model.to_torchvision(), state), "all else is unchanged"
+    assert same(model.to_torchvision(), state), "all else is unchanged"
 
 
 def test_the_rule_of_the_origin_is_kept_in_model_files_and_in_half_precision(tmp_path):
@@ -232,7 +232,7 @@ def test_the_rule_of_the_origin_is_kept_in_model_files_and_in_half_precision(tmp
     save_model(tmp_path / "m.pt", model.bfloat16(), {})
     again = load_model(tmp_path / "m.pt", ViT)[0]
     assert again.config == model.config and {p.dtype for p in again.parameters()} == {torch.bfloat16}
-    x, expected = images(2, 3, 24, 24), model.float().set_input_size(24).position_embedding
+    x, expected = noise(2, 3, 24, 24), model.float().set_input_size(24).position_embedding
     assert torch.equal(again.set_input_size(24).position_embedding, expected.bfloat16())
     assert (again(x) - model(x)).abs().max() < 0.05 * model(x).abs().max(), "float32 images are converted"
 
@@ -317,12 +317,12 @@ def test_nothing_is_shared_with_the_source_or_the_converted_weights(name):
     model = cls.from_pretrained(state, n_head=3)
     taken = model.to_gpt2() if cls is GPT else model.to_torchvision()
     before = {k: v.clone() for k, v in taken.items()}
-    perturb(model)
-    assert same_tensors(state, copy) and same_tensors(taken, before)
+    move(model)
+    assert same(state, copy) and same(taken, before)
     assert all(p.is_leaf and p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("make, back", [(gpt, GPT.to_gpt2), (lambda: perturb(ViT(SMALL_VIT)), ViT.to_torchvision)])
+@pytest.mark.parametrize("make, back", [(small_gpt, GPT.to_gpt2), (small_vit, ViT.to_torchvision)])
 def test_every_tensor_is_converted_or_named(make, back):
     """A student's gate in the MLP was once left out without a word."""
     model = make()

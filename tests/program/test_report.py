@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from svmini.training import compare, report
-from toy import CPU, Toy
+from helpers import CPU, Toy
 
 ACCURACY, GAP, DELTA = "accuracy (higher is better)", "gap recovered", "Δ vs lora:rank=8 (paired)"
 

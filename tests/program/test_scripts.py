@@ -16,7 +16,7 @@ import torch
 
 import train_gpt
 import train_vit
-from little import call, little, read, rows   # noqa: F401  little is a fixture
+from helpers import assert_same_folder, call, little, log_of, read, rows   # noqa: F401  little is a fixture
 from svmini import GPT, METHODS, ViT, analyze, load_adapter
 from svmini.data.arithmetic import Arithmetic
 from svmini.data.images import ImageClassification
@@ -24,7 +24,6 @@ from svmini.methods import canonical_spec
 from svmini.methods.lora import LoRA
 from svmini.model_file import load_model
 from svmini.training import compare, pretrain
-from toy import assert_same_folder, log_of
 
 ROOT = Path(__file__).resolve().parents[2]
 DRAW_BEST = analyze.draw_best   # the fixture little replaces it

@@ -10,7 +10,7 @@ import torch
 import torchvision
 
 from published_states import as_hugging_face, timm_state
-from tiny_models import SMALL_VIT, gpt, images, perturb, same_tensors
+from helpers import SMALL_VIT, move as perturb, noise as images, same as same_tensors, small_gpt as gpt
 from svmini import GPT, GPTConfig, ViT
 from svmini.errors import InputError, MissingFile
 from svmini.model_file import load_base, save_model

@@ -6,18 +6,18 @@ import pickle
 import pytest
 import torch
 import torch.nn as nn
-from adapted import (ONE_EACH, SPECS, TARGETS, Net, all_tensors, assert_close, fit, fits, move, noise, rejected, same,
-                     train)
+from helpers import (ONE_EACH, SQUARE, TARGETS, Net, adapt_spec, all_tensors, assert_close, move, noise, rejected,
+                     same, take_steps)
 
 from svmini import adapt, load_adapter, merge, save_adapter
 from svmini.errors import InputError
 
 
-@pytest.mark.parametrize("spec", [spec for spec in SPECS if fits(spec, 16, 16) and "energy" not in spec])
+@pytest.mark.parametrize("spec", [spec for spec in SQUARE if "energy" not in spec])
 def test_a_state_dict_restores_an_adapted_model(spec):
     """Also on another base: it holds the frozen tensors as well."""
-    model, x = train(move(fit(spec, Net())), lambda m: m(noise(4, 16)).square().sum()), noise(5, 16)
-    other = fit(spec, Net(seed=1))
+    model, x = take_steps(move(adapt_spec(spec, Net())), lambda m: m(noise(4, 16)).square().sum()), noise(5, 16)
+    other = adapt_spec(spec, Net(seed=1))
     assert (other(x) - model(x)).abs().max() > 0.1
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(x), model(x)) and same(all_tensors(other), all_tensors(model))
@@ -28,11 +28,11 @@ def test_an_adapter_on_a_base_that_changed_is_not_saved(tmp_path):
     """The file would belong to no base. After a state dict of another base, even if only adapted weights differ."""
     other = Net()
     other.query.weight.data += 0.1
-    model = fit("svft", Net())
-    model.load_state_dict(fit("svft", other).state_dict())
+    model = adapt_spec("svft", Net())
+    model.load_state_dict(adapt_spec("svft", other).state_dict())
     with rejected(model, "query.U has changed since adapt", "state dict", "adapting its own base"):
         save_adapter(model, tmp_path / "a.pt")
-    model = fit("svfit", Net())
+    model = adapt_spec("svfit", Net())
     model.value.S[8:] = 0                                # truncation by hand
     with rejected(model, "value.S has changed since adapt"):
         save_adapter(model, tmp_path / "a.pt")
@@ -41,7 +41,7 @@ def test_an_adapter_on_a_base_that_changed_is_not_saved(tmp_path):
 @pytest.mark.parametrize("spec", ONE_EACH)
 def test_copies_are_complete_and_independent(spec, tmp_path):
     """deepcopy, pickle and torch.save of the whole model. The check of .half() follows into the copy."""
-    model, x = move(fit(spec, Net())), noise(5, 16)
+    model, x = move(adapt_spec(spec, Net())), noise(5, 16)
     torch.save(model, tmp_path / "model.pt")
     copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)),
               torch.load(tmp_path / "model.pt", weights_only=False)]
@@ -64,7 +64,7 @@ def test_a_lower_precision_is_rejected_before_anything_is_converted(lower):
     """Whatever comes before the first adapter; a merged model can be converted."""
     model = nn.Sequential()
     model.first, model.encoder = nn.Linear(16, 16), Net()
-    fit("boft", model)
+    adapt_spec("boft", model)
     with rejected(model, "cannot become torch.", "autocast", "merge"):
         lower(model)
     assert {t.dtype for t in all_tensors(model.double()).values()} == {torch.float64}
@@ -90,7 +90,7 @@ def test_parameters_that_cannot_have_a_gradient_stay_frozen(tmp_path):
 
 
 def test_a_layer_with_hooks_is_not_merged():
-    model = fit("svft", Net())
+    model = adapt_spec("svft", Net())
     model.query.register_forward_hook(lambda layer, x, y: None)
     with rejected(model, "query has hooks", "remove them first"):
         merge(model)
@@ -106,7 +106,7 @@ def in_inference_mode():
     (lambda: nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d()), "1.weight is not initialized yet"),
     (lambda: Net().to("meta"), "query.weight is on the meta device"), (in_inference_mode, "created in inference mode")])
 def test_a_model_without_usable_tensors_is_rejected(make, part, tmp_path):
-    save_adapter(fit("svft", Net()), tmp_path / "a.pt")
+    save_adapter(adapt_spec("svft", Net()), tmp_path / "a.pt")
     for call in (lambda m: adapt(m, "lora", ["0"]), lambda m: adapt(m, "full"),
                  lambda m: load_adapter(m, tmp_path / "a.pt")):
         model = make()
@@ -122,7 +122,7 @@ def test_a_lazy_layer_can_be_adapted_after_its_first_batch():
 
 
 def test_a_model_that_was_moved_in_inference_mode_can_be_saved_but_not_merged(tmp_path):
-    model = move(fit("svft", Net()))
+    model = move(adapt_spec("svft", Net()))
     with torch.inference_mode():
         model.double()
     save_adapter(model, tmp_path / "a.pt")
