@@ -11,7 +11,7 @@ import torch
 import train_gpt
 import train_vit
 from helpers import SIZES
-from svmini import GPT, METHODS, GPTConfig, ViT, ViTConfig, cli, export, files, generate, predict
+from svmini import GPT, METHODS, GPTConfig, ViT, ViTConfig, cli, export, generate, predict
 from svmini.data import glyphs, text
 from svmini.data.arithmetic import Arithmetic
 from svmini.errors import InputError, MissingFile
@@ -33,13 +33,7 @@ def things(folder):
     torch.manual_seed(0)
     save_model(folder / "nameless-vit.pt", ViT(ViTConfig(24, 6, 1, 34, **SIZES)), {})
     save_model(folder / "nameless.pt", GPT(GPTConfig(Arithmetic.vocab_size, Arithmetic.length, **SIZES)), {})
-    torch.save({"kind": "svmini model", "content": 3}, folder / "odd.pt")
-    torch.save({"a": torch.ones(2)}, folder / "other.pt")
-    files.save(folder / "run.pt", "run", {})
     (folder / "notes.pt").write_text("a text file\n", encoding="utf-8")
-    (folder / "cut.pt").write_bytes((folder / "vit.pt").read_bytes()[:-200])
-    (folder / "tiny.txt").write_text("too short\n")
-    (folder / "few.jsonl").write_text("".join(f'{{"question": "{i}", "answer": "b"}}\n' for i in range(9)))
     return folder
 
 
@@ -79,13 +73,12 @@ FLAGS = [
     ("--steps 0", "--steps", "of at least 1"), ("--grad-accum-steps 0", "--grad-accum-steps", "of at least 1"),
     ("pretrain --n-layer 0", "--n-layer", "of at least 1"), ("--lr 0", "above 0"),
     ("--lr nan", "above 0", "'nan'"), ("--lr inf", "--lr", "'inf'"), ("--lr x", "a number", "'x'"),
-    ("--lr", "expected one argument"), ("--steps 2.5", "an integer", "'2.5'"), (f"--steps {2**63}", "an integer"),
+    ("--steps 2.5", "an integer", "'2.5'"), (f"--steps {2**63}", "an integer"),
     ("--seed -1", "--seed", "of at least 0"), (f"--seed {2**62 + 1}", f"from 0 to {2**62}"),
     ("--seeds 0", "from 1 to 1000"), (f"--lr-sweep {10**9}", "from 1 to 100"),
-    ("--save-every -1", "--save-every", "of at least 0"), ("--eval-every 1.5", "--eval-every"),
-    ("--data xyz", "no 'xyz'", "choose from"), ("--device gpu", "--device", "'gpu'", "cpu"),
-    ("--dtype float8", "--dtype", "'float8'", "bfloat16"), ("--targets ,", "--targets", "query,value"),
-    ("--methods", "expected at least one"), ("--methods svft lroa:rank=8", "did you mean 'lora'?"),
+    ("--save-every -1", "--save-every", "of at least 0"),
+    ("--data xyz", "no 'xyz'", "choose from"), ("--targets ,", "--targets", "query,value"),
+    ("--methods svft lroa:rank=8", "did you mean 'lora'?"),
     ("--methods lora:rnak=8", "lora has no option 'rnak'", "did you mean 'rank'?"),
     ("--methods full:rank=2", "full has no option 'rank'", "it has no options"), ("--methods lora:rank", "name=value"),
     ("--methods lora:rank=", "name=value"), ("--methods lora@", "targets follow the @"),
@@ -107,22 +100,18 @@ def test_a_bad_flag_is_refused_before_a_folder_is_made(script, tmp_path, capsys,
 BOTH = [
     ("--methods lora:rank=x", "rank must be an integer", "'x'"),
     ("--methods full svft svfit:rank=999", "svfit does not fit blocks.0.attention.query (128x128)", "128"),
-    ("--methods svft@query,valeu", "'valeu' matches no layer", "targets can be: query, key, value"),
     ("--methods svft --targets quer", "'quer' matches no layer", "targets can be: query, key, value"),
-    ("--methods svft --targets norm1", "LayerNorm"), ("--methods all svft", "no method 'all'"),
+    ("--methods all svft", "no method 'all'"),
     ("--base-data xyz", "xyz"), ("--init FILES", "is neither a file nor one of"),
     ("--init FILES/notes.pt", "notes.pt is not a file of weights that torch can read"),
-    ("--init FILES/arithmetic-adapter.pt", "svmini adapter, not an svmini model"), ("--init FILES/odd.pt", "odd.pt"),
-    ("--init FILES/run.pt", "svmini run, not an svmini model"),
+    ("--init FILES/arithmetic-adapter.pt", "svmini adapter, not an svmini model"),
 ]
 TABLES = {
     "gpt": BOTH + [
         ("--methods head", "no head that could be trained alone"),
         ("--data topic", "no 'topic'", "did you mean 'topics'?"), ("--data file:", "no 'file:'"),
         ("--data file:FILES/none.txt", "there is no file", "none.txt"),
-        ("--data file:FILES/tiny.txt", "too short to train on"), ("--data qa:FILES/none", "there is no file"),
-        ("--data qa:FILES/few.jsonl", "has 9 different questions, at least 10"),
-        ("--init FILES/vit.pt", "holds a ViT, not a GPT"), ("--init FILES/raw-vit.pt", "not of a GPT"),
+        ("--init FILES/vit.pt", "holds a ViT, not a GPT"),
         ("--init FILES/raw-arithmetic.pt", "give n_head"),
         ("--init FILES/raw-arithmetic.pt --n-head 2", "has 13 tokens and GPT-2's tokenizer 50,257"),
         ("--init FILES/text.pt --n-head 2", "contains its number of heads"),
@@ -137,14 +126,11 @@ TABLES = {
         ("--data glyps", "no 'glyps'", "did you mean 'glyphs'?"), ("--head-lr 0", "--head-lr", "above 0"),
         ("--per-class 1", "--per-class", "of at least 2", "'1'"), ("--per-class 10", "--per-class", "real data"),
         ("--image-size 224", "--image-size", "add --init"),
-        ("--image-size 25 --init FILES/vit.pt", "image_size=25 is not divisible by patch_size=6"),
         ("pretrain --image-size 25", "image_size=25 is not divisible"), ("pretrain --n-head 3", "divisible"),
         ("--data food101", "base model for --data food101", "--init vit_b_16", "--base-data"),
         ("--data folder:FILES", "there is no dataset for pretraining"), ("--data mnist", "--data-dir"),
-        ("--data folder:FILES/none --init FILES/vit.pt", "there is no folder", "none"),
-        ("pretrain --data eurosat", "--data-dir"), ("--init FILES/arithmetic.pt", "holds a GPT, not a ViT"),
-        ("--init vit_b_17", "'vit_b_17' is neither a file nor one of vit_b_16, vit_b_32"),
-        ("--init FILES/raw-vit.pt --n-head 3", "divisible")],
+        ("--init FILES/arithmetic.pt", "holds a GPT, not a ViT"),
+        ("--init vit_b_17", "'vit_b_17' is neither a file nor one of vit_b_16, vit_b_32")],
     "generate": [
         ("--prompt 1", "--init"), ("--init FILES/arithmetic.pt", "--prompt"),
         ("--init FILES/text.pt --prompt=", "at least one"),
@@ -154,27 +140,17 @@ TABLES = {
         ("--init FILES/vit.pt --prompt 1", "holds a ViT, not a GPT"),
         ("--init FILES/nameless.pt --prompt 1", "does not name its tokenizer"),
         ("--init FILES/raw-arithmetic.pt --n-head 2 --prompt 1", "50,257"),
-        *((f"--init FILES/arithmetic.pt --prompt 1 --adapter FILES/{name}", part) for name, part in (
-            ("arithmetic.pt", "svmini model, not an svmini adapter"), ("none.pt", "there is no adapter at"),
-            ("notes.pt", "not a readable svmini adapter"), ("vit-adapter.pt", "vit-adapter.pt"))),
         ("--init FILES/text.pt --adapter FILES/arithmetic-adapter.pt --prompt 1", "trained on another base")],
     "predict": [
         ("--init FILES/arithmetic.pt", "holds a GPT, not a ViT"), ("--init FILES/nameless-vit.pt", "give it as --data"),
         ("--init FILES/vit.pt --data glyphs", "but the model has 34"),
-        ("--init FILES/vit.pt --data xyz", "no image dataset 'xyz'"),
-        ("--init FILES/cut.pt", "cut.pt is not a file of weights"),
         ("--init FILES/vit.pt --adapter FILES/arithmetic-adapter.pt", "arithmetic-adapter.pt"),
-        ("--init FILES/vit.pt --out FILES/notes.pt", "notes.pt"),
-        ("--init vit_b_17", "neither a file nor one of vit_b_16")],
+        ("--init FILES/vit.pt --out FILES/notes.pt", "notes.pt")],
     "export": [
         ("--init FILES/vit.pt", "--adapter"), ("--adapter FILES/vit-adapter.pt", "--init"),
         ("--init FILES/vit.pt --adapter FILES/vit-adapter.pt --format gpt2", "does not fit a ViT", "torchvision"),
         ("--init FILES/arithmetic.pt --adapter FILES/arithmetic-adapter.pt --format torchvision",
          "choose svmini or gpt2"),
-        ("--init FILES/vit-adapter.pt --adapter FILES/vit-adapter.pt", "svmini adapter, not an svmini model"),
-        ("--init FILES/odd.pt --adapter FILES/vit-adapter.pt", "odd.pt"),
-        ("--init x --adapter y", "'x' is neither a file"),
-        ("--init FILES/other.pt --adapter FILES/vit-adapter.pt", "not a state dict of"),
         ("--init FILES/vit.pt --adapter FILES/vit-adapter.pt --out FILES", "directory")]}
 
 
@@ -230,7 +206,7 @@ def test_a_closed_stderr_does_not_stop_a_run(monkeypatch):
     assert cli.run_command(lambda argv: sys.stderr.write("progress") and 0) == 0
 
 
-@pytest.mark.parametrize("encoding, shown", [("ascii", "? 3 ?"), ("cp1252", "± 3 ?"), ("utf-8", "± 3 █")])
+@pytest.mark.parametrize("encoding, shown", [("ascii", "? 3 ?"), ("cp1252", "± 3 ?")])
 def test_printing_replaces_what_the_terminal_cannot_show(encoding, shown, monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", stream)
@@ -288,6 +264,7 @@ def test_a_method_spec_is_parsed():
             ("svfit:rank=None", "svfit", {"rank": None}, None),
             ("dora:detach_norm=False", "dora", {"detach_norm": False}, None)]:
         assert parse_spec(spec) == tuple(parsed)
+
 
 def test_specs_with_the_same_meaning_are_equal():
     for a, b in [("lora", "lora:rank=8"), ("lora:init=kaiming,rank=8", "lora:rank=8"), ("vera:d_init=0.1", "vera"),
