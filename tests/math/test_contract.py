@@ -263,18 +263,3 @@ def test_a_weight_that_lacks_an_attribute_names_it():
             use()
     with pytest.raises(NotImplementedError, match="Adapter must define weight"):
         Adapter(linear()).weight
-
-
-def test_full_trains_everything_and_head_only_the_head():
-    """Two specs without adapters. merge makes everything trainable again."""
-    x, head = tokens(5, 24, torch.float32), 16 * 16 + 16
-    for spec in ("full", "head"):
-        model = adapt(Net(16, 24, torch.float32), spec, also_train=("head",))
-        total = sum(p.numel() for p in model.parameters()) if spec == "full" else head
-        assert count_trainable(model) == {"adapter": total - head, "head": head, "total": total}
-        before = all_tensors(model)
-        step(model, x)
-        moved = {name for name, t in all_tensors(model).items() if not torch.equal(t, before[name])}
-        assert moved == {name for name in before if name != "shift" and (spec == "full" or name.startswith("head."))}
-        expected = model(x)
-        assert all(p.requires_grad for p in merge(model).parameters()) and torch.equal(model(x), expected)

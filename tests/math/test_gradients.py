@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from layers import (SHAPES, TOKENS, assert_close, layer_of, linear, move, noise, positions_of, shapes_of, specs, tokens,
+from layers import (TOKENS, assert_close, layer_of, linear, move, noise, positions_of, shapes_of, specs, tokens,
                     trained)
-from svmini import GPT, METHODS, GPTConfig, ViT, ViTConfig, adapt
+from svmini import METHODS, ViT, ViTConfig, adapt
 from svmini.adapting import adapters_of
 from svmini.methods import parse_spec
 from svmini.methods.svd import thin_svd
@@ -67,21 +67,15 @@ def test_layer(spec):
     check_layer(spec)
 
 
-def tiny_model(kind):
-    """Return a model in float64 and a function that computes its loss, on next tokens or one class per image."""
+def check_model(spec):
+    """Check the gradient of a ViT along one direction of all parameters, and that every layer has a gradient."""
     torch.manual_seed(0)
-    if kind == "gpt":
-        model = GPT(GPTConfig(vocab_size=11, block_size=6, n_layer=1, n_head=2, d_model=16)).double()
-        x = torch.randint(11, (3, 6), generator=torch.Generator().manual_seed(1))
-        return model, lambda: F.cross_entropy(model(x).flatten(0, 1), x.roll(-1, dims=1).flatten())
-    model = ViT(ViTConfig(image_size=8, patch_size=4, in_channels=3, num_classes=4, n_layer=1, n_head=2, d_model=16))
-    x = torch.randn(3, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    return model.double(), lambda: F.cross_entropy(model(x), torch.arange(3))
+    config = ViTConfig(image_size=8, patch_size=4, in_channels=3, num_classes=4, n_layer=1, n_head=2, d_model=16)
+    model, images = ViT(config).double(), tokens(3, 3 * 8 * 8).view(3, 3, 8, 8)
 
+    def loss():
+        return F.cross_entropy(model(images), torch.arange(3))
 
-def check_model(spec, kind):
-    """Check the gradient along one direction of all parameters, and that every adapted layer has a gradient."""
-    model, loss = tiny_model(kind)
     method, options, targets = parse_spec(spec)
     square = "pattern=topk" in spec
     adapt(model, method, targets=("query", "key", "value", "out") if square else targets, **options)
@@ -95,12 +89,7 @@ def check_model(spec, kind):
 
 @pytest.mark.parametrize("spec", gradient_specs() + ["full", "head"])
 def test_vit(spec):
-    check_model(spec, "vit")
-
-
-@pytest.mark.parametrize("spec", ["full", "svfit:", "svft:", "lora:", "dora:detach_norm=False", "vera:", "boft:"])
-def test_gpt(spec):
-    check_model(spec, "gpt")
+    check_model(spec)
 
 
 # ---- closed forms: the gradient of every parameter from ∂L/∂W = G ----
@@ -167,16 +156,6 @@ def test_closed_form(spec):
                 assert_close(p.grad, expected[name])
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_constant_norm_of_dora_gives_a_gradient_of_x_and_m_but_not_of_a_and_b(shape):
-    layer = layer_of("dora:rank=3", shape)
-    x = tokens(20, layer.in_features).requires_grad_()
-    m, A, B = noise(layer, seed=5)
-    check_gradient(lambda: layer(x), [x, layer.m], [tokens(20, layer.in_features, seed=6), m])
-    with pytest.raises(AssertionError, match="off by"):
-        check_gradient(lambda: layer(x), [layer.A, layer.B], [A, B])
-
-
 # ---- the check itself ----
 
 class Times(torch.autograd.Function):
@@ -215,12 +194,3 @@ def test_a_wrong_gradient_fails_the_check(method):
             check_gradient(lambda: wrong(layer(x)), inputs, along)
     with pytest.raises(AssertionError, match="is zero"):
         check_gradient(lambda: layer(x) * 0, inputs, along)
-
-
-def test_one_wrong_gradient_among_correct_ones_fails_the_check():
-    layer, x = layer_of("lora:rank=3,alpha=7"), tokens(5, 16)
-    for wrong_A, wrong_B in ((1.001, 1), (1, 0.999), (3 / 7, 1), (1, -1.0)):
-        def update():
-            return Times.apply(layer.B, wrong_B) @ Times.apply(layer.A, wrong_A) @ x.t()
-        with pytest.raises(AssertionError, match="off by"):
-            check_gradient(update, [layer.A, layer.B], noise(layer, seed=5))

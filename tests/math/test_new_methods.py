@@ -82,7 +82,7 @@ def test_a_new_method_passes_all_checks(new, monkeypatch, tmp_path):
         for check in test_contract.CHECKS:
             test_contract.run(check, spec, tmp_path)
         test_gradients.check_layer(spec)
-        test_gradients.check_model(spec, "vit")
+        test_gradients.check_model(spec)
 
 
 SEEN_BY = {

@@ -77,6 +77,7 @@ def test_augmentation_is_a_function_of_seed_and_step():
 # ---- the task ----
 
 CONFIG = SimpleNamespace(image_size=8, mean=(0.0,), std=(1.0,))
+COLOR = SimpleNamespace(image_size=12, mean=IMAGENET[0], std=IMAGENET[1])
 
 
 class Source:
@@ -110,12 +111,16 @@ class Brightest(torch.nn.Module):
 
 
 def test_a_batch_is_a_function_of_data_seed_and_step():
+    """Prepared with the mean and std of the model's pretraining, not those of the source."""
     before = torch.get_rng_state()
     task = ImageClassification(Source(), 1, CONFIG, "cpu")
     x, y = task.batch(32, seed=0, step=5)
     assert x.shape == (32, 1, 8, 8) and torch.equal(x.flatten(1)[:, :50].argmax(1), y) and len(y.unique()) == 32
     train = Source().draw(1, 8)["train"][0].float() / 255
     assert torch.equal(x, train[y]), "images that are not natural are not augmented"
+    color = ImageClassification(source := Source(), 1, COLOR, "cpu")
+    assert source.asked == [(1, 12)]
+    assert torch.equal(color.batch(32, 0, 5)[0], prepare(Source().draw(1, 12)["train"][0][y], 12, *IMAGENET))
     assert all(map(torch.equal, (x, y), task.batch(32, 0, 5)))
     assert not torch.equal(y, task.batch(32, 0, 6)[1]) and not torch.equal(y, task.batch(32, 1, 5)[1])
     assert torch.equal(before, torch.get_rng_state()), "the global generator is not used"
@@ -129,17 +134,6 @@ def test_only_training_images_of_a_natural_source_are_augmented():
     assert torch.equal(y, same) and torch.equal(again, augment(x, 2, 3)) and not torch.equal(again, x)
     assert (plain.data_config["augment"], augmented.data_config["augment"]) == (False, True)
     assert augmented.evaluate(Brightest(), "test") == plain.evaluate(Brightest(), "test")
-
-
-def test_images_are_prepared_as_the_model_expects_them():
-    """With the mean and std of the model's pretraining, not those of the source."""
-    config = SimpleNamespace(image_size=12, mean=IMAGENET[0], std=IMAGENET[1])
-    source = Source()
-    task = ImageClassification(source, 5, config, "cpu")
-    assert source.asked == [(5, 12)]
-    x, y = task.batch(50, 0, 0)
-    train = source.draw(5, 12)["train"][0]
-    assert torch.equal(x, prepare(train[y], 12, *IMAGENET)) and x.shape == (50, 3, 12, 12)
 
 
 def test_accuracy_and_loss_of_a_split():

@@ -6,7 +6,7 @@ import torch
 import train_vit
 from fake_datasets import build_tree
 from helpers import CPU, call, read
-from svmini import ViT, predict
+from svmini import ViT, analyze, predict
 from svmini.data import glyphs
 from svmini.data.image_datasets import open_images
 from svmini.data.image_files import read_image
@@ -38,6 +38,7 @@ def test_the_accuracy_is_on_the_test_split_of_the_training_data(base, adapter, d
 @pytest.mark.parametrize("init, data, seed", [("vit.pt", "glyphs", 1), ("raw-vit.pt", "folder:", 0)])
 def test_the_data_and_seed_of_a_run_are_found_again(init, data, seed, folder, tmp_path, monkeypatch):
     """Of an adapter and of full fine-tuning, also of a published base."""
+    monkeypatch.setattr(analyze, "draw_best", lambda *a: None)
     n_head, per_class = (["--n-head", 2], ["--per-class", 3]) if "raw" in init else ([], [])
     data = data if data == "glyphs" else f"{data}{folder / 'images'}"
     argv = ["--init", folder / init, *n_head, "--data", data, *per_class]

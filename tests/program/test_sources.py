@@ -75,11 +75,9 @@ def test_formats_are_recognized_with_any_prefix_and_those_of_another_model_are_r
               "Hugging Face DINOv2": as_hugging_face(timm_state(), dinov2=True)}
     assert states.keys() == FORMATS.keys()
     for name, state in states.items():
-        prefixed = {f"module.{k}": v for k, v in state.items()}
-        assert detect_format(state)[0] == detect_format(prefixed)[0] == name
+        assert detect_format(state)[0] == detect_format({f"module.{k}": v for k, v in state.items()})[0] == name
         right, wrong = (GPT, ViT) if name == "GPT-2" else (ViT, GPT)
-        message = f"the weights of a {right.__name__} in {name}'s format, not of a {wrong.__name__}"
-        with refused(message):
+        with refused(f"the weights of a {right.__name__} in {name}'s format, not of a {wrong.__name__}"):
             wrong.from_pretrained(state)
 
 
