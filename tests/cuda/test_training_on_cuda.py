@@ -1,6 +1,5 @@
 """Training on a device: no waits between printed steps, fp16 with overflow, resumed runs, both scripts."""
 
-import functools
 import json
 import shutil
 
@@ -122,13 +121,12 @@ def test_both_scripts_train_under_autocast(script, dtype, device, tmp_path):
 
 
 @pytest.mark.parametrize("script", [train_vit, train_gpt])
-@pytest.mark.parametrize("default", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_both_scripts_train_alike_with_compile(script, default, device, tmp_path, monkeypatch):
-    """With torch's default backend. On a CPU it needs a C++ compiler and minutes: only the slow case uses it there."""
-    if default and (device.type != "cpu" or not shutil.which("g++")):
-        pytest.skip("a second time" if device.type != "cpu" else "there is no g++")
-    if device.type == "cpu" and not default:
-        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param(
+    "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA is not available"))], indirect=True)
+def test_both_scripts_train_alike_with_compile(script, device, tmp_path):
+    """On a CPU it takes minutes: tests/program/test_loop.py tests compiled steps without a compiler."""
+    if device.type == "cpu" and not shutil.which("g++"):
+        pytest.skip("there is no g++")
     plain, compiled = (run_script(script, device, tmp_path / str(len(more)), "float32", *more)[1]
                        for more in ((), ("--compile",)))
     for name, layer in plain.items():
