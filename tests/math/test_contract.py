@@ -220,7 +220,8 @@ DTYPES = {check_half: HALF} | dict.fromkeys([check_files, check_state_dict, chec
 
 
 def run(check, spec, folder):
-    for shape in shapes_of(spec):
+    """Run a check for both dtypes and all shapes, or where these matter less, for one kind and the last two shapes."""
+    for shape in shapes_of(spec)[-2 if check in DTYPES else 0:]:
         for dtype in DTYPES.get(check, EPS):
             check(spec, shape, dtype, folder)
 

@@ -92,7 +92,7 @@ def test_writing_into_a_frozen_tensor_changes_no_other_layer():
 
 # ---- the order of products ----
 
-MANY = (4, 12, 16, 17, 24, 32, 33, 64, 100, 500)
+MANY = (4, 16, 17, 32, 33, 64, 500)
 
 
 def assert_cheapest(forward, orders, d_in, *trained):
@@ -130,7 +130,7 @@ def test_no_exact_order_is_cheaper_than_apply_factors(kind, shape):
 def test_no_exact_order_is_cheaper_than_apply_with_residual(kind, shape):
     W0 = linear(shape).weight.detach()
     U, S, Vt = thin_svd(W0)
-    for rank in (2, 8, 12, 16):
+    for rank in (2, 8, 16):
         u, vt, core = U[:, :rank], Vt[:rank], (S[:rank] if kind == "diagonal" else torch.diag(S[:rank]) + 0.1)
         scaled = (lambda s: u * s) if kind == "diagonal" else (lambda C: u @ C)
         orders = [lambda x, c: F.linear(x, W0 + scaled(c) @ vt),
@@ -142,7 +142,7 @@ def test_no_exact_order_is_cheaper_than_apply_with_residual(kind, shape):
 
 @pytest.mark.parametrize("shape", [(16, 16), (16, 64), (20, 16)], ids=str)
 def test_the_two_orders_of_vera_are_equal_and_the_cheaper_one_is_taken(shape):
-    for rank in (2, 8, 16, 40):
+    for rank in (2, 16, 40):
         layer = layer_of(f"vera:rank={rank}", shape)
         assert_cheapest(layer, [
             lambda x: F.linear(x, layer.weight, layer.bias),
