@@ -162,28 +162,33 @@ def other_defaults():
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("mode", (lambda: torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode,
-                                  other_defaults), ids=("autocast", "inference_mode", "defaults"))
+MODES = {"autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16), "inference": torch.inference_mode,
+         "other defaults": other_defaults}
+
+
 @pytest.mark.parametrize("spec", specs())
-def test_a_layer_does_not_depend_on_the_mode_in_which_it_is_built(spec, mode):
+def test_a_layer_does_not_depend_on_the_mode_in_which_it_is_built(spec):
     """Autocast must not round a start, draws follow the CPU and the dtype of the weight, and tensors that are created
     in inference mode could not be trained with, neither now nor by another layer that finds them in a cache."""
     shape = shapes_of(spec)[0]
-    models = [nn.ModuleDict({"query": linear(shape, torch.float32)}) for _ in range(2)]
 
-    def build(model):
+    def build():
+        method, options, _ = parse_spec(spec)
+        return adapt(nn.ModuleDict({"query": base}), method, targets=("query",), **options).query
+
+    base = linear(shape, torch.float32)
+    torch.manual_seed(3)
+    expected = build().state_dict()
+    for name, mode in MODES.items():
+        base = linear(shape, torch.float32)
         clear_svd_cache()
         svmini.methods.svft.orthonormal.cache_clear()
         svmini.methods.vera.uniform.cache_clear()
         torch.manual_seed(3)
-        method, options, _ = parse_spec(spec)
-        return adapt(model, method, targets=("query",), **options).query
-
-    expected = build(models[0]).state_dict()
-    with mode():
-        layer = build(models[1])
-    assert all(torch.equal(t, expected[name]) and t.dtype == expected[name].dtype
-               for name, t in layer.state_dict().items())
-    for later in (layer, adapter(spec, linear(shape, torch.float32))):
-        later(tokens(5, shape[1], torch.float32).requires_grad_()).sum().backward()
-        torch.optim.SGD(later.parameters(), lr=0.1).step()
+        with mode():
+            layer = build()
+        assert all(torch.equal(t, expected[key]) and t.dtype == expected[key].dtype
+                   for key, t in layer.state_dict().items()), name
+        for later in (layer, adapter(spec, linear(shape, torch.float32))):
+            later(tokens(5, shape[1], torch.float32).requires_grad_()).sum().backward()
+            torch.optim.SGD(later.parameters(), lr=0.1).step()
