@@ -99,7 +99,7 @@ def test_a_run_writes_its_files_and_prints_what_a_reader_needs(story):
 
 
 @pytest.mark.parametrize("story", ["glyphs", "topics"], indirect=True)
-def test_the_same_seed_gives_the_same_numbers_and_the_base_is_reused(story, tmp_path):
+def test_the_same_seed_gives_the_same_numbers_and_the_base_is_reused(story, tmp_path, monkeypatch):
     name, argv, out, first = story
     assert "pretraining on" in first and "from an earlier run" not in first
     if name != "glyphs":   # glyphs: once with a base model of its own
@@ -110,6 +110,10 @@ def test_the_same_seed_gives_the_same_numbers_and_the_base_is_reused(story, tmp_
     assert rows(tmp_path) == rows(out)
     assert_same_folder(out / "runs", tmp_path / "runs")
     assert (tmp_path / "pretrain" / "model.pt").read_bytes() == (out / "pretrain" / "model.pt").read_bytes()
+    before = read(tmp_path)["rows"]
+    monkeypatch.setattr(compare, "train", lambda *a, **k: pytest.fail("a run was repeated"))
+    call(*argv, "--resume", "--out", tmp_path)
+    assert read(tmp_path)["rows"] == before
 
 
 def test_the_written_files_reproduce_their_rows(story, tmp_path):
@@ -170,11 +174,13 @@ def test_seeds_sweep_targets_and_head_lr_reach_the_runs(little, tmp_path, monkey
 @pytest.mark.parametrize("name", ["glyphs", "arithmetic"])
 def test_all_methods_and_the_result_of_a_sweep_reach_the_runs(name, tmp_path, monkeypatch):
     script, flags, *_ = STORIES[name]
+    spec, deleted = script.MAIN[-1] + "@up", []
+    monkeypatch.setattr(compare, "delete_runs", lambda specs, seeds, out: deleted.append((*specs, *seeds, out)))
     monkeypatch.setattr(compare, "all_specs", lambda main, base, targets: [main[-1]] if targets == ("up",) else [])
     monkeypatch.setattr(compare, "validation_score", best_is_largest)
     call(script, *flags, "--methods", "all", "--targets", "up", "--steps", 1, "--lr-sweep", 2, "--out", tmp_path)
-    spec, row = script.MAIN[-1] + "@up", rows(tmp_path)[-1]
-    found = read(tmp_path)["lr_sweep"][spec]
+    row, found = rows(tmp_path)[-1], read(tmp_path)["lr_sweep"][spec]
+    assert deleted == [(spec, 0, tmp_path)], "runs of an earlier command"
     assert row["method"] == spec and row["lr"] == found["best"] == found["lr"][1]
 
 
