@@ -1,12 +1,8 @@
-"""Small models, tasks that take no time, scripts with few steps, and assertions for the tests of the program.
-
-As a program, it runs a script with few steps in a process of its own: python helpers.py train_vit --steps 3 ...
-"""
+"""Small models, tasks that take no time, scripts with few steps, and assertions for the tests of the program."""
 
 import contextlib
 import copy
 import functools
-import importlib
 import io
 import json
 import signal
@@ -333,8 +329,3 @@ def rejected(model, *parts):
     with refused(*parts):
         yield
     assert state() == seen and same(all_tensors(model), tensors)
-
-
-if __name__ == "__main__":
-    make_little(pytest.MonkeyPatch())
-    sys.exit(importlib.import_module(sys.argv[1]).main(sys.argv[2:]))

@@ -4,15 +4,15 @@ import copy
 
 import pytest
 import torch
-from helpers import (SQUARE, TARGETS, Net, adapt_spec, all_tensors, assert_close, move, noise, rejected, same,
-                     take_steps)
+from helpers import (ONE_EACH, SQUARE, TARGETS, Net, adapt_spec, all_tensors, assert_close, move, noise, rejected,
+                     same, take_steps)
 
 from svmini import load_adapter, merge, save_adapter
 from svmini.adapting import exact_weight
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("spec", SQUARE)
+@pytest.mark.parametrize("spec, dtype", [*((spec, torch.bfloat16) for spec in SQUARE),
+                                         *((spec, torch.float16) for spec in ONE_EACH)], ids=str)
 def test_frozen_tensors_keep_the_dtype_and_merge_rounds_once_or_not_at_all(spec, dtype, tmp_path):
     model, x = move(adapt_spec(spec, Net().to(dtype), also_train=())), noise(5, 16).to(dtype)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}

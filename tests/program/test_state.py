@@ -1,27 +1,14 @@
-"""State and identity: state dicts and copies restore an adapted model, and a call that fails changes nothing."""
+"""State and identity: copies restore an adapted model, and a model that cannot be adapted or merged is refused."""
 
 import copy
-import pickle
 
 import pytest
 import torch
 import torch.nn as nn
-from helpers import (ONE_EACH, SQUARE, TARGETS, Net, adapt_spec, all_tensors, assert_close, move, noise, rejected,
-                     same, take_steps)
+from helpers import ONE_EACH, TARGETS, Net, adapt_spec, all_tensors, assert_close, move, noise, rejected, same
 
 from svmini import adapt, load_adapter, merge, save_adapter
 from svmini.errors import InputError
-
-
-@pytest.mark.parametrize("spec", [spec for spec in SQUARE if "energy" not in spec])
-def test_a_state_dict_restores_an_adapted_model(spec):
-    """Also on another base: it holds the frozen tensors as well."""
-    model, x = take_steps(move(adapt_spec(spec, Net())), lambda m: m(noise(4, 16)).square().sum()), noise(5, 16)
-    other = adapt_spec(spec, Net(seed=1))
-    assert (other(x) - model(x)).abs().max() > 0.1
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(other(x), model(x)) and same(all_tensors(other), all_tensors(model))
-    assert_close(merge(other)(x), model(x))
 
 
 def test_an_adapter_on_a_base_that_changed_is_not_saved(tmp_path):
@@ -40,13 +27,11 @@ def test_an_adapter_on_a_base_that_changed_is_not_saved(tmp_path):
 
 @pytest.mark.parametrize("spec", ONE_EACH)
 def test_copies_are_complete_and_independent(spec, tmp_path):
-    """deepcopy, pickle and torch.save of the whole model. The check of .half() follows into the copy."""
+    """deepcopy and torch.save of the whole model. The check of .half() follows into the copy."""
     model, x = move(adapt_spec(spec, Net())), noise(5, 16)
     torch.save(model, tmp_path / "model.pt")
-    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)),
-              torch.load(tmp_path / "model.pt", weights_only=False)]
     tensors = all_tensors(model)
-    for clone in copies:
+    for clone in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
         assert same(all_tensors(clone), tensors) and clone.adaptation == model.adaptation
         with rejected(clone, "cannot become torch.float16"):
             clone.half()
@@ -57,9 +42,8 @@ def test_copies_are_complete_and_independent(spec, tmp_path):
     assert_close(load_adapter(Net(), tmp_path / "a.pt")(x), model(x))
 
 
-@pytest.mark.parametrize("lower", [lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.to("cpu", torch.float16),
-                                   lambda m: m.type(torch.complex64), lambda m: m.encoder.half(),
-                                   lambda m: m.encoder.query.half()])
+@pytest.mark.parametrize("lower", [lambda m: m.bfloat16(), lambda m: m.to("cpu", torch.float16),
+                                   lambda m: m.encoder.half(), lambda m: m.encoder.query.half()])
 def test_a_lower_precision_is_rejected_before_anything_is_converted(lower):
     """Whatever comes before the first adapter; a merged model can be converted."""
     model = nn.Sequential()
@@ -102,8 +86,7 @@ def in_inference_mode():
 
 
 @pytest.mark.parametrize("make, part", [
-    (lambda: nn.Sequential(nn.LazyLinear(4)), "0.weight is not initialized yet: run one batch"),
-    (lambda: nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d()), "1.weight is not initialized yet"),
+    (lambda: nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d()), "1.weight is not initialized yet: run one batch"),
     (lambda: Net().to("meta"), "query.weight is on the meta device"), (in_inference_mode, "created in inference mode")])
 def test_a_model_without_usable_tensors_is_rejected(make, part, tmp_path):
     save_adapter(adapt_spec("svft", Net()), tmp_path / "a.pt")
@@ -113,12 +96,6 @@ def test_a_model_without_usable_tensors_is_rejected(make, part, tmp_path):
         with pytest.raises(InputError, match=part):
             call(model)
         assert not hasattr(model, "adaptation")
-
-
-def test_a_lazy_layer_can_be_adapted_after_its_first_batch():
-    model = nn.Sequential(nn.LazyLinear(4))
-    model(noise(2, 3))
-    assert adapt(model, "svft", ["0"]).adaptation["layers"] == ["0"]
 
 
 def test_a_model_that_was_moved_in_inference_mode_can_be_saved_but_not_merged(tmp_path):
