@@ -100,18 +100,6 @@ def test_a_model_without_usable_tensors_is_rejected(make, part, tmp_path):
         assert not hasattr(model, "adaptation")
 
 
-def test_a_model_that_was_moved_in_inference_mode_can_be_saved_but_not_merged(tmp_path):
-    model = move(adapt_spec("svft", Net()))
-    with torch.inference_mode():
-        model.double()
-    save_adapter(model, tmp_path / "a.pt")
-    with pytest.raises(InputError, match="created in inference mode"):
-        merge(model)
-    with torch.no_grad():
-        x = noise(5, 16).double()
-        assert_close(load_adapter(Net().double(), tmp_path / "a.pt")(x), model(x))
-
-
 # ---- base models in bf16 and fp16: what may be rounded and what may not. test_foreign.py runs whole models ----
 
 @pytest.mark.parametrize("spec, dtype", [*((spec, torch.bfloat16) for spec in SQUARE),
@@ -141,14 +129,6 @@ def test_a_float32_base_is_the_same_base_if_its_values_are_equal(spec, tmp_path)
     assert_close(equal(noise(5, 16)), model(noise(5, 16).bfloat16()).float(), 0.03)
     save_adapter(equal, tmp_path / "b.pt")                                  # and the other way round
     load_adapter(Net().bfloat16(), tmp_path / "b.pt")
-
-
-def test_an_update_below_half_a_unit_in_the_last_place_is_kept_only_in_float32():
-    model = Net().bfloat16()
-    model.query.weight.data.fill_(1.0)
-    adapt_spec("random_mask:off_diagonals=15", model, also_train=()).query.e.data.fill_(2.0 ** -9)
-    assert set(merge(copy.deepcopy(model)).query.weight.flatten().tolist()) == {1.0}
-    assert set(merge(model, torch.float32).query.weight.flatten().tolist()) == {1.0 + 2.0 ** -9}
 
 
 def test_mixed_dtypes_and_a_head_in_float32(tmp_path):
