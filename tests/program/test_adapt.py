@@ -28,48 +28,101 @@ def compiled(model):
     return torch.compile(model, backend="eager")
 
 
-# ---------------------------------------------------------------- methods and options
+# ---------------------------------------------------------------- what is rejected
 
 
-def test_an_unknown_method_or_option_is_rejected():
-    with rejected(model := Net(), "'svtf'", "'svft'", *METHODS, "full", "head"):
-        adapt(model, "svtf", targets=TARGETS)
-    with rejected(model, "'rnak'", "did you mean 'rank'", "alpha", "init"):
-        adapt(model, "lora", targets=TARGETS, rnak=3)
-    with rejected(model, "full", "no options"):
-        adapt(model, "full", rank=3)
-    with rejected(model := tiny_gpt(), "blocks.0.mlp.up (32x8)", "topk", "square", "query"):   # after four that fit
-        adapt(model, "svft", pattern="topk")
+class Twice(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
 
 
-def test_values_from_numpy_can_be_saved(tmp_path):
-    options = {"rank": np.array(2), "alpha": np.float32(4), "detach_norm": np.bool_(False)}
-    model = adapt(Net(), "dora", targets=np.array(TARGETS), also_train=[np.str_("head")], **options)
-    save_adapter(model, tmp_path / "a.pt", {"accuracy": np.float64(0.5), "classes": np.arange(3)})
-    assert files.load(tmp_path / "a.pt", "adapter")["metadata"] == {"accuracy": 0.5, "classes": [0, 1, 2]}
-    assert load_adapter(Net(), tmp_path / "a.pt").adaptation == model.adaptation
+class Named(nn.Linear):
+    """A subclass that computes what nn.Linear computes."""
 
 
-def test_options_that_could_not_be_saved_are_rejected_at_once():
-    for options in ({"seed": 2**80}, {"seed": np.array([1, 2])}, {"off_diagonals": torch.tensor(2)}, {"rank": 8 + 0j}):
-        with rejected(model := Net()):
-            adapt(model, "svft", targets=TARGETS, pattern="random", **options)
+Conv1D = type("Conv1D", (nn.Module,), {})   # the name of the layers in Hugging Face's GPT-2, which store W transposed
 
 
-# ---------------------------------------------------------------- targets
+def with_hook(kind):
+    getattr(layer := lin(), f"register_{kind}")(lambda *parts: None)
+    return layer
 
 
-def test_targets_are_a_list_of_names_that_all_match():
-    """A target that matches nothing is rejected even if another one matches."""
-    model = Net()
-    for target in ("valeu", "uery", "query.", ".query"):
-        with rejected(model, f"{target!r} matches no layer", "targets can be: query, value"):
-            adapt(model, "svft", targets=["query", target])
-    for names in ("query", ["query", 3], [""], 5):
-        with rejected(model, "list of names"):
-            adapt(model, "svft", targets=names)
-        with rejected(model, "also_train", "list of names"):
-            adapt(model, "svft", targets=TARGETS, also_train=names)
+def half_finite():
+    layer = lin()
+    layer.weight.data[3, 5] = float("nan")
+    return layer
+
+
+def beside(bad):
+    """A model with a layer that can be adapted, and one that cannot."""
+    return lambda: chain(good=Named(16, 16), bad=bad())
+
+
+def tied():
+    shared, block = lin(), chain(inner=lin())
+    return nn.ModuleDict({"a": shared, "b": shared, "c": block, "d": block, "e": lin()})
+
+
+def case(make, *parts, **arguments):
+    return pytest.param(make, {"method": "svft", "targets": TARGETS} | arguments, parts, id=str(parts or arguments))
+
+
+@pytest.mark.parametrize("make, arguments, parts", [
+    case(Net, "'svtf'", "'svft'", *METHODS, "full", "head", method="svtf"),
+    case(Net, "'rnak'", "did you mean 'rank'", "alpha", "init", method="lora", rnak=3),
+    case(Net, "full", "no options", method="full", rank=3),
+    case(tiny_gpt, "blocks.0.mlp.up (32x8)", "topk", "square", targets=None, pattern="topk"),   # after four that fit
+    *(case(Net, pattern="random", **options) for options in (   # options that a file could not hold
+        {"seed": 2**80}, {"seed": np.array([1, 2])}, {"off_diagonals": torch.tensor(2)}, {"rank": 8 + 0j})),
+    *(case(Net, f"{target!r} matches no layer", "targets can be: query, value", targets=["query", target])
+      for target in ("valeu", "uery", "query.", ".query")),
+    *(case(Net, key, "list of names", **{key: names}) for key in ("targets", "also_train")
+      for names in ("query", ["query", 3], [""], 5)),
+    *(case(Net, "give targets", "targets can be: query, value", targets=targets) for targets in (None, ())),
+    case(lambda: chain(nn.Conv2d(3, 4, 1), nn.ReLU()), "no nn.Linear that can be adapted", targets=None),
+    case(lambda: chain(*(lin(2, 2) for _ in range(30))), "targets can be: 0, 1, ", "19, ...", targets=None),
+    *(case(beside(bad), "bad ", "; targets can be: good", *parts, targets=("good", "bad")) for bad, *parts in (
+        (Conv1D, "Conv1D", "GPT.from_pretrained(model.state_dict())"),
+        (lambda: Twice(16, 16), "not a plain nn.Linear but Twice"), (lambda: chain(lin()), "but Sequential"),
+        (lambda: compiled(lin()), "not a plain nn.Linear but"),
+        (lambda: nn.utils.parametrizations.weight_norm(lin()), "not a plain nn.Linear but ParametrizedLinear"),
+        (lambda: with_hook("forward_pre_hook"), "hooks, which an adapter would lose: remove them first"),
+        (lambda: with_hook("forward_hook"), "hooks"), (lambda: with_hook("full_backward_hook"), "hooks"),
+        (lambda: lin(dtype=torch.complex64), "torch.complex64", "float32"), (half_finite, "not finite"))),
+    case(tied, "d.inner shares its weight with another module", "targets can be: e", targets=("e", "d.inner")),
+    case(tied, "also_train: c shares a weight", targets=("e",), also_train=("c",)),
+    case(tiny_gpt, "head shares its weight", targets=("query", "head")),
+    case(tiny_gpt, "there is no head to train", method="head"),
+    case(Net, "also_train", "'haed'", "did you mean 'head'", also_train=("haed",)),
+    case(Net, "value is trained in full by also_train", also_train=("value",))])
+def test_what_cannot_be_adapted_is_rejected(make, arguments, parts):
+    """In one sentence that names the layer and those that can be adapted, before anything is changed."""
+    with rejected(model := make(), *parts):
+        adapt(model, **arguments)
+
+
+MODELS = {   # and the targets that are offered
+    "GPT": (tiny_gpt, (), "query, key, value, out, up, down"),
+    "ViT": (tiny_vit, ("head",), "query, key, value, out, up, down"),
+    "a name twice": (lambda: chain(fc=lin(), deep=chain(fc=nn.Conv2d(3, 3, 1), proj=lin())), (), "proj"),
+    "indices": (lambda: chain(lin(), nn.ReLU(), chain(lin(), lin(16, 8))), (), "0, 2.0, 2.1"),
+    "attention": (lambda: nn.TransformerEncoderLayer(16, 2, 32), (), "out_proj, linear1, linear2"),
+    "one bad": (lambda: chain(a=chain(fc=lin()), b=chain(fc=half_finite()), c=chain(fc=lin())), (), "a.fc, c.fc"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_an_error_suggests_is_accepted(name):
+    """Every offered target, alone and together with the others. No layer that can be adapted is left out."""
+    make, also_train, expected = MODELS[name]
+    ends = offers(make(), also_train).removeprefix("targets can be: ").split(", ")
+    assert ends == expected.split(", ")
+    for targets in [[end] for end in ends] + [ends]:
+        assert adapt(make(), "lora", rank=1, targets=targets, also_train=also_train).adaptation["layers"]
+
+
+# ---------------------------------------------------------------- what is adapted
 
 
 def test_a_target_is_the_end_of_a_path_at_a_dot():
@@ -102,99 +155,16 @@ def test_lora_draws_in_the_order_of_the_targets():
     assert torch.equal(models[0].value.A, models[1].query.A) and torch.equal(models[0].query.A, models[1].value.A)
 
 
-def test_a_model_without_default_targets_gets_a_list_of_possible_targets():
-    model = Net()
-    for targets in (None, ()):
-        with rejected(model, "give targets", "targets can be: query, value"):
-            adapt(model, "lora", targets=targets)
-    with rejected(conv := chain(nn.Conv2d(3, 4, 1), nn.ReLU()), "no nn.Linear that can be adapted"):
-        adapt(conv, "lora")
-    with rejected(many := nn.ModuleDict({f"layer{i}": lin(2, 2) for i in range(30)}), "layer19, ..."):
-        adapt(many, "lora")
-
-
-class Twice(nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-class Named(nn.Linear):
-    """A subclass that computes what nn.Linear computes."""
-
-
-Conv1D = type("Conv1D", (nn.Module,), {})   # the name of the layers in Hugging Face's GPT-2, which store W transposed
-
-
-def with_hook(kind):
-    getattr(layer := lin(), f"register_{kind}")(lambda *parts: None)
-    return layer
-
-
-def half_finite():
-    layer = lin()
-    layer.weight.data[3, 5] = float("nan")
-    return layer
-
-
-@pytest.mark.parametrize("layer, parts", [
-    (Conv1D, ("Conv1D", "GPT.from_pretrained(model.state_dict())")),
-    (lambda: Twice(16, 16), ("not a plain nn.Linear but Twice",)), (lambda: chain(lin()), ("but Sequential",)),
-    (lambda: compiled(lin()), ("not a plain nn.Linear but",)),
-    (lambda: nn.utils.parametrizations.weight_norm(lin()), ("not a plain nn.Linear but ParametrizedLinear",)),
-    *((lambda kind=kind: with_hook(kind), ("hooks", "remove them first"))
-      for kind in ("forward_pre_hook", "forward_hook", "full_backward_hook")),
-    (lambda: lin(dtype=torch.complex64), ("torch.complex64", "float32")), (half_finite, ("not finite",))])
-def test_a_layer_that_cannot_be_adapted_is_rejected(layer, parts):
-    """In one sentence that names the layer and those that can be adapted."""
-    model = chain(good=Named(16, 16), bad=layer())
-    with rejected(model, "bad ", "; targets can be: good", *parts):
-        adapt(model, "svft", targets=("good", "bad"))
-
-
-def test_a_shared_layer_is_no_target():
-    with rejected(model := tiny_gpt(), "head shares its weight"):
-        adapt(model, "lora", targets=("query", "head"), rank=2)
-    with rejected(model, "also_train: head shares a weight"):
-        adapt(model, "lora", also_train=("head",), rank=2)
-    shared, block = lin(), chain(inner=lin())
-    model = nn.ModuleDict({"a": shared, "b": shared, "c": block, "d": block, "e": lin()})
-    with rejected(model, "d.inner shares its weight with another module", "targets can be: e"):
-        adapt(model, "svft", targets=("e", "d.inner"))
-    with rejected(model, "also_train: c shares a weight"):
-        adapt(model, "svft", targets=("e",), also_train=("c",))
-
-
-MODELS = {   # and the targets that are offered
-    "GPT": (tiny_gpt, (), "query, key, value, out, up, down"), "ViT": (tiny_vit, ("head",), "query, key, value, out, up, down"),
-    "a name twice": (lambda: chain(fc=lin(), deep=chain(fc=nn.Conv2d(3, 3, 1), proj=lin())), (), "proj"),
-    "indices": (lambda: chain(lin(), nn.ReLU(), chain(lin(), lin(16, 8))), (), "0, 2.0, 2.1"),
-    "attention": (lambda: nn.TransformerEncoderLayer(16, 2, 32), (), "out_proj, linear1, linear2"),
-    "one bad": (lambda: chain(a=chain(fc=lin()), b=chain(fc=half_finite()), c=chain(fc=lin())), (), "a.fc, c.fc"),
-}
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_what_an_error_suggests_is_accepted(name):
-    """Every offered target, alone and together with the others. No layer that can be adapted is left out."""
-    make, also_train, expected = MODELS[name]
-    ends = offers(make(), also_train).removeprefix("targets can be: ").split(", ")
-    assert ends == expected.split(", ")
-    for targets in [[end] for end in ends] + [ends]:
-        assert adapt(make(), "lora", rank=1, targets=targets, also_train=also_train).adaptation["layers"]
-
-
-# ---------------------------------------------------------------- heads, and what is unfrozen by hand
+def test_values_from_numpy_can_be_saved(tmp_path):
+    options = {"rank": np.array(2), "alpha": np.float32(4), "detach_norm": np.bool_(False)}
+    model = adapt(Net(), "dora", targets=np.array(TARGETS), also_train=[np.str_("head")], **options)
+    save_adapter(model, tmp_path / "a.pt", {"accuracy": np.float64(0.5), "classes": np.arange(3)})
+    assert files.load(tmp_path / "a.pt", "adapter")["metadata"] == {"accuracy": 0.5, "classes": [0, 1, 2]}
+    assert load_adapter(Net(), tmp_path / "a.pt").adaptation == model.adaptation
 
 
 def test_also_train_names_modules():
-    with rejected(model := tiny_gpt(), "there is no head to train"):
-        adapt(model, "head")
-    model = Net()
-    with rejected(model, "also_train", "'haed'", "did you mean 'head'"):
-        adapt(model, "svft", targets=TARGETS, also_train=("haed",))
-    with rejected(model, "value is trained in full by also_train"):
-        adapt(model, "svft", targets=TARGETS, also_train=("value",))
-    adapt(model, "svft", targets=("query",), also_train=("value", "norm"))
+    model = adapt(Net(), "svft", targets=("query",), also_train=("value", "norm"))
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
         "query.M", "value.weight", "norm.weight", "norm.bias"}
 
