@@ -31,7 +31,6 @@ def trained(method, net=Shapes, targets=None, size=0.3, **options):
 def test_results_against_numpy(method, options, rank):
     base, model = trained(method, **options)
     found = analyze.analyze_model(base, model)
-    assert list(found) == ["square", "tall", "wide"]
     for name, f in found.items():
         W0, W = (m.get_submodule(name).weight.detach().double().numpy() for m in (base, model))
         dW, (U, S, Vt) = W - W0, np.linalg.svd(W0, full_matrices=False)

@@ -17,10 +17,10 @@ D, B, T = 128, 2, 16
 N = B * T   # tokens in a batch
 
 
-def make(inference=False, **device_config):
+def make(inference=False):
     torch.manual_seed(0)
     return bench.Bench(bench.Blocks(1, D, 4, bench.GPT_BLOCK), torch.randn(B, T, D), torch.tensor([0, 1]),
-                       resolve_device("cpu", "float32", **device_config), inference)
+                       resolve_device("cpu", "float32"), inference)
 
 
 def table_of(out):
@@ -39,7 +39,6 @@ def test_a_row_for_every_spec(flags, first, last, tmp_path):
         assert table[spec]["ms/forward" if flags else "ms/step"] == f"{row['ms']:.1f}"
         for name in first:   # a ratio a round
             assert row[f"x_{name}"] == [t / r for t, r in zip(row["times_ms"], rows[name]["times_ms"])]
-        assert row["x_flops"] == row["flops"] / rows[first[-1]]["flops"]
         assert ("activation MB" in table[spec]) == (not flags) and "peak MB" not in table[spec]   # this is a CPU
     assert table[first[-1]][f"x {first[-1]}"] == "1.00 ± 0.00"
 
@@ -47,8 +46,7 @@ def test_a_row_for_every_spec(flags, first, last, tmp_path):
 def test_rounds_alternate_their_order_after_a_warm_up():
     called = []
     times = bench.time_rounds({n: lambda n=n: called.append(n) for n in "abc"}, 2, 2, torch.device("cpu"))
-    assert "".join(called) == "abc" + "ccbbaa" + "aabbcc"
-    assert {n: len(ms) for n, ms in times.items()} == {"a": 2, "b": 2, "c": 2}
+    assert "".join(called) == "abc" + "ccbbaa" + "aabbcc" and len(times["c"]) == 2
 
 
 # a block has 12 D² weights; unit: 2 N D² operations, for a product of x, of its gradient or of the weight's gradient
@@ -80,14 +78,13 @@ def test_the_activation_bytes_are_what_autograd_saves():
 
 def test_the_memory_of_full_and_head():
     here, n = make(), 12 * D * D + 9 * D + 4 * D       # weights, biases, two LayerNorms
-    found = {w: bench.measure_memory(bench.Step(model, here), model) for w in ("full", "head", "lora:rank=2@query")
-             for model in [bench.row_model(w, here)]}
-    assert found["full"]["weights_mb"] == pytest.approx(4 * (n + 2 * D + 2) / 1e6)
-    steps = 16 + 2                                     # AdamW has a step count for each of the 18 tensors
-    for spec, expected in (("full", 3 * (n + 2 * D + 2) + steps), ("head", 3 * (2 * D + 2) + 2),
-                           ("lora:rank=2@query", 3 * (4 * D + 2 * D + 2) + 4)):
-        assert found[spec]["state_mb"] == pytest.approx(4 * expected / 1e6)
-    assert found["head"]["activation_mb"] == pytest.approx((4 * (B * D + 2 * B) + 8 * B + 4) / 1e6)     # x; of the loss
+    for spec, trained, tensors in (("full", n + 2 * D + 2, 18), ("lora:rank=2@query", 4 * D + 2 * D + 2, 4),
+                                   ("head", 2 * D + 2, 2)):
+        model = bench.row_model(spec, here)
+        found = bench.measure_memory(bench.Step(model, here), model)
+        assert found["state_mb"] == pytest.approx(4 * (3 * trained + tensors) / 1e6)    # and a step count a tensor
+    assert found["weights_mb"] == pytest.approx(4 * (n + 2 * D + 2) / 1e6)
+    assert found["activation_mb"] == pytest.approx((4 * (B * D + 2 * B) + 8 * B + 4) / 1e6)     # x; of the loss
     frozen = {n for n, p in bench.row_model("frozen", here).named_parameters() if not p.requires_grad}
     assert frozen == {n for n, _ in here.base.named_parameters() if "norm" not in n and "head" not in n}
     assert all(p.requires_grad for p in here.base.parameters()), "a row changed the base"
@@ -103,14 +100,13 @@ def test_a_step_changes_the_weights_and_a_forward_pass_does_not():
 
 
 def test_every_row_computes_its_own_svd_and_the_merged_row_has_plain_layers(monkeypatch):
-    seen, computed, compiled, step, svd = [], [], [], bench.Step, torch.linalg.svd
+    seen, computed, step, svd = [], [], bench.Step, torch.linalg.svd
     monkeypatch.setattr(bench, "Step", lambda model, b: seen.append(type(model.blocks[0].mlp.up)) or step(model, b))
     monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: computed.append(a) or svd(*a, **k))
-    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
-    here = make(inference=True, compile=True)
+    here = make(inference=True)
     bench.measure(here, ("base",), ["svfit", "svft"], 2, 1)
     assert len(computed) == 6 + 6, "one per layer and row"
-    assert seen == [nn.Linear, METHODS["svfit"], METHODS["svft"], nn.Linear] and len(compiled) == 4
+    assert seen == [nn.Linear, METHODS["svfit"], METHODS["svft"], nn.Linear]
     bench.row_model("svfit", here)
     assert len(computed) == 6 + 6 + 6, "the factors of the last row must not stay in memory"
 
@@ -125,7 +121,7 @@ def test_methods_all_includes_a_new_method(monkeypatch):
 
 
 @pytest.mark.parametrize("argv, parts", [
-    ("--rounds 1", ["--rounds", "of at least 2", "'1'"]), ("--methods svfti", ["svfti", "svfit"]),
+    ("--rounds 1", ["--rounds", "of at least 2", "'1'"]),
     ("--methods svft:pattern=topk", ["topk", "up", "512x128"]), ("--methods merged", ["no method 'merged'"]),
     ("--targets qwery --methods head", ["'qwery'", "query"]), ("--inference --methods head", ["at least one"])])
 def test_bad_flags_are_refused_in_one_line(argv, parts, monkeypatch):

@@ -6,11 +6,10 @@ import pytest
 import torch
 import torch.nn as nn
 
-from helpers import (ONE_EACH, SQUARE, TARGETS, Net, adapt_spec, all_tensors, assert_close, move, noise, rejected,
-                     same, take_steps)
+from helpers import (ONE_EACH, SQUARE, TARGETS, Net, adapt_spec, all_tensors, assert_close, move, noise, refused,
+                     rejected, same, take_steps)
 from svmini import adapt, load_adapter, merge, save_adapter
 from svmini.adapting import exact_weight
-from svmini.errors import InputError
 
 
 def test_an_adapter_on_a_base_that_changed_is_not_saved(tmp_path):
@@ -30,7 +29,7 @@ def test_an_adapter_on_a_base_that_changed_is_not_saved(tmp_path):
 @pytest.mark.parametrize("spec", ONE_EACH)
 def test_copies_are_complete_and_independent(spec, tmp_path):
     """deepcopy and torch.save of the whole model. The check of .half() follows into the copy."""
-    model, x = move(adapt_spec(spec, Net())), noise(5, 16)
+    model = move(adapt_spec(spec, Net()))
     torch.save(model, tmp_path / "model.pt")
     tensors = all_tensors(model)
     for clone in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
@@ -41,7 +40,7 @@ def test_copies_are_complete_and_independent(spec, tmp_path):
         merge(move(clone)).half()
         assert same(all_tensors(model), tensors)         # the original is not touched
     save_adapter(copy.deepcopy(model), tmp_path / "a.pt")
-    assert_close(load_adapter(Net(), tmp_path / "a.pt")(x), model(x))
+    assert_close(load_adapter(Net(), tmp_path / "a.pt")(noise(5, 16)), model(noise(5, 16)))
 
 
 @pytest.mark.parametrize("lower", [lambda m: m.bfloat16(), lambda m: m.to("cpu", torch.float16),
@@ -64,15 +63,13 @@ def test_parameters_that_cannot_have_a_gradient_stay_frozen(tmp_path):
         model.norm.codes = nn.Parameter(torch.arange(3, dtype=torch.int8), requires_grad=False)
         return model
 
-    x = noise(5, 16)
-    for method in ("full", "head", "svft"):
+    for method in ("head", "svft"):
         model = move(adapt(make(), method, targets=TARGETS, also_train=("head", "norm")))
-        if method != "full":
-            save_adapter(model, tmp_path / "a.pt")
-            assert_close(load_adapter(make(), tmp_path / "a.pt")(x), model(x))
-        merged = merge(copy.deepcopy(model))
-        assert_close(merged(x), model(x))
-        assert {n for n, p in merged.named_parameters() if not p.requires_grad} == {"norm.codes"}
+        save_adapter(model, tmp_path / "a.pt")
+        for other in (load_adapter(make(), tmp_path / "a.pt"), merge(copy.deepcopy(model))):
+            assert_close(other(noise(5, 16)), model(noise(5, 16)))
+    for model in (merge(model), adapt(make(), "full")):
+        assert {n for n, p in model.named_parameters() if not p.requires_grad} == {"norm.codes"}
 
 
 def test_a_layer_with_hooks_is_not_merged():
@@ -92,11 +89,9 @@ def in_inference_mode():
     (lambda: Net().to("meta"), "query.weight is on the meta device"), (in_inference_mode, "created in inference mode")])
 def test_a_model_without_usable_tensors_is_rejected(make, part, tmp_path):
     save_adapter(adapt_spec("svft", Net()), tmp_path / "a.pt")
-    for call in (lambda m: adapt(m, "lora", ["0"]), lambda m: adapt(m, "full"),
-                 lambda m: load_adapter(m, tmp_path / "a.pt")):
-        model = make()
-        with pytest.raises(InputError, match=part):
-            call(model)
+    for call in (lambda m: adapt(m, "full"), lambda m: load_adapter(m, tmp_path / "a.pt")):
+        with refused(part):
+            call(model := make())
         assert not hasattr(model, "adaptation")
 
 
@@ -144,7 +139,7 @@ def test_mixed_dtypes_and_a_head_in_float32(tmp_path):
 
     with pytest.warns(UserWarning, match="half precision loses small steps"):
         adapt_spec("svft", Net().bfloat16())
-    before, model = make().head.weight, take_steps(adapt_spec("svft", make()), loss, lr=1e-5)   # steps that bf16 would lose
+    before, model = make().head.weight, take_steps(adapt_spec("svft", make()), loss, lr=1e-5)   # bf16 loses such steps
     assert (model.head.weight != before).all() and model.adaptation["dtype"] == "bfloat16, float32"
     save_adapter(model, tmp_path / "a.pt")
     assert torch.equal(loss(load_adapter(make(), tmp_path / "a.pt")), loss(model))
