@@ -53,14 +53,8 @@ def path(tmp_path):
 
 
 def encoder():
-    """Two layers whose fast path, in evaluation, reads the weights and calls no layer."""
+    """Two layers whose fast path, in evaluation, reads the weights and calls no layer. out_proj is never called."""
     return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
-
-
-def attend(model):
-    """nn.MultiheadAttention reads the weight of out_proj and never calls it, in training and in evaluation."""
-    x = like(model, 3, 5, 16)
-    return model[0](x, x, x, need_weights=False)[0]
 
 
 def vision_transformer():
@@ -74,7 +68,6 @@ PADDED = torch.arange(5).expand(3, 5) >= torch.tensor([[5], [3], [4]])
 TORCH = {   # the model, its outputs, targets, also_train
     "encoder": (encoder, lambda m: torch.cat([m(like(m, 3, 5, 16)), m(like(m, 3, 5, 16), src_key_padding_mask=PADDED)
                                               .masked_fill(PADDED[..., None], 0)]), TARGETS, ()),
-    "attention": (lambda: nn.Sequential(nn.MultiheadAttention(16, 2)), attend, ("out_proj",), ()),
     "vit": (vision_transformer, lambda m: m(like(m, 4, 3, 8, 8)), ("out_proj", "mlp.0", "mlp.3"), ("heads",)),
 }
 
