@@ -40,13 +40,11 @@ def reference_generate(model, x, n, temperature, top_k=None, generator=None):
     return x
 
 
-@torch.no_grad()
 def reference_answer(model, prompt, n, end=None):
     """The greedy continuation of one prompt up to `end`, n tokens or a full context."""
-    x = prompt
-    while len(x) - len(prompt) < n and len(x) <= model.config.block_size and (len(x) == len(prompt) or x[-1] != end):
-        x = torch.cat([x, model(x[None])[0, -1:].argmax(-1)])
-    return x[len(prompt):]
+    n = max(0, min(n, model.config.block_size + 1 - len(prompt)))
+    new = reference_generate(model, prompt[None], n, 0)[0, len(prompt):]
+    return new[:new.tolist().index(end) + 1] if end in new.tolist() else new
 
 
 def reads(model):

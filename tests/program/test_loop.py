@@ -93,31 +93,26 @@ def test_gradients_are_unscaled_then_clipped_and_reset_in_every_step(changes, sc
 # ---- micro-batches, compiled steps ----
 
 def few_labels(size, seed, step):
-    """The walk with an unequal number of labels per text: 1 of 8 in the first, 2 in the second, and so on."""
+    """The walk with an unequal number of labels per text: none in the first two, 1 of 8 in the third, and so on."""
     x, y = walk(size, seed, step)
-    return x, y.masked_fill(torch.arange(8) > torch.arange(size).unsqueeze(1), IGNORE_INDEX)
+    return x, y.masked_fill(torch.arange(8) > torch.arange(size).unsqueeze(1) - 2, IGNORE_INDEX)
 
 
-def no_labels_in_front(size, seed, step):
-    x, y = walk(size, seed, step)
-    return x, y.masked_fill(torch.arange(size).unsqueeze(1) < 2, IGNORE_INDEX)
-
-
-def weights_after(n, batch, method):
+def weights_after(n, method):
     """Return the weights after three steps of a batch of 7 in n micro-batches, and the sizes of the micro-batches."""
     sizes, model = [], adapt(tiny_gpt().double(), method)
-    task = Toy(batch=batch, loss=lambda m, x, y: sizes.append(len(x)) or token_loss(m, x, y))
+    task = Toy(batch=few_labels, loss=lambda m, x, y: sizes.append(len(x)) or token_loss(m, x, y))
     config = train_config(steps=3, batch_size=7, grad_accum_steps=n, warmup_ratio=0, lr=1e-3, grad_clip=0.5)
     train(model, task, config, CPU, run_folder())
     return torch.cat([p.detach().flatten() for p in model.parameters()]), sizes
 
 
-@pytest.mark.parametrize("batch, method", [(walk, "full"), (no_labels_in_front, "full"), (few_labels, "svft")])
-def test_micro_batches_give_the_step_of_the_undivided_batch(batch, method):
-    expected, sizes = weights_after(1, batch, method)
+@pytest.mark.parametrize("method", ["full", "svft"])
+def test_micro_batches_give_the_step_of_the_undivided_batch(method):
+    expected, sizes = weights_after(1, method)
     assert sizes == 3 * [7]
     for n, sizes in ((3, [3, 3, 1]), (20, [1] * 7)):
-        found, seen = weights_after(n, batch, method)
+        found, seen = weights_after(n, method)
         assert seen == 3 * sizes and (found - expected).abs().max() <= 1e-10
 
 
