@@ -1,12 +1,8 @@
-"""Small models, tasks that take no time, scripts with few steps, and assertions for the tests of the program.
-
-As a program, it runs a script with few steps in a process of its own: python helpers.py train_vit --steps 3 ...
-"""
+"""Small models, tasks that take no time, scripts with few steps, and assertions for the tests of the program."""
 
 import contextlib
 import copy
 import functools
-import importlib
 import io
 import json
 import signal
@@ -42,8 +38,6 @@ SMALL_GPT = GPTConfig(vocab_size=31, block_size=10, n_layer=2, n_head=3, d_model
 SMALL_VIT = ViTConfig(image_size=12, patch_size=4, in_channels=3, num_classes=5, n_layer=2, n_head=3, d_model=12)
 SIZES = {"n_layer": 1, "n_head": 2, "d_model": 16}                # of the models of the scripts
 BYTES = [f"{b:02x}" for b in range(256)]                          # a tokenizer whose tokens are the bytes
-PROSE = "\n\n".join(f"On day {i} the {('cat', 'dog', 'fox')[i % 3]} sees {i * i} birds\nand number {7 * i % 11} sings."
-                    for i in range(260))
 
 
 def fits(spec, d_out, d_in):
@@ -234,7 +228,8 @@ def make_little(patch):
 def little(tmp_path_factory):
     """Make both scripts little; returns a folder with a text and question-answer pairs."""
     folder = tmp_path_factory.mktemp("data ü")
-    (folder / "prose.txt").write_text(PROSE, encoding="utf-8")
+    (folder / "prose.txt").write_text("\n\n".join(f"On day {i} the cat sees {i * i} birds\nand number {7 * i % 11} sings."
+                                                 for i in range(260)))
     (folder / "pairs.jsonl").write_text("".join(
         json.dumps({"question": f"Ann has {i} pears.", "answer": f"So {i}.\n#### {i}"}) + "\n" for i in range(20)))
     with pytest.MonkeyPatch.context() as patch:
@@ -333,8 +328,3 @@ def rejected(model, *parts):
     with refused(*parts):
         yield
     assert state() == seen and same(all_tensors(model), tensors)
-
-
-if __name__ == "__main__":
-    make_little(pytest.MonkeyPatch())
-    sys.exit(importlib.import_module(sys.argv[1]).main(sys.argv[2:]))
