@@ -94,12 +94,6 @@ def test_vit(spec):
 
 # ---- closed forms: the gradient of every parameter from ∂L/∂W = G ----
 
-def svfit(layer, G):
-    """∂L/∂s_i = u_iᵀ G v_i."""
-    U, S, Vt = thin_svd(linear(tuple(G.shape)).weight)
-    return {"s": torch.stack([U[:, i] @ G @ Vt[i] for i in range(len(layer.s))])}
-
-
 def svft(layer, G):
     """∂L/∂M_ij = u_iᵀ G v_j."""
     U, _, Vt = thin_svd(linear(tuple(G.shape)).weight)
@@ -130,16 +124,10 @@ def vera(layer, G):
             "d": torch.einsum("ik,i,ij,jk->j", G, layer.b, layer.B, layer.A)}
 
 
-def random_mask(layer, G):
-    """∂L/∂E_ij = G_ij."""
-    return {"e": torch.stack([G[i, j] for i, j in positions_of(layer)])}
-
-
-CLOSED = {"svfit:": svfit, "svfit:rank=5": svfit, "svfit:energy=0.9": svfit, "svft:pattern=plain": svft,
-          "svft:off_diagonals=3": svft, "svft:pattern=random,seed=4": svft, "svft:pattern=topk": svft,
-          "svft:rank=5,off_diagonals=1": svft, "svft:rank=5,pattern=topk": svft, "svft:basis=random,rank=5": svft,
-          "lora:rank=3,alpha=7": lora, "lora:rank=3,init=pissa": lora, "dora:rank=3,alpha=7": dora,
-          "vera:rank=40,seed=2": vera, "random_mask:": random_mask}
+CLOSED = {"svft:pattern=plain": svft, "svft:off_diagonals=3": svft, "svft:pattern=random,seed=4": svft,
+          "svft:pattern=topk": svft, "svft:rank=5,off_diagonals=1": svft, "svft:rank=5,pattern=topk": svft,
+          "svft:basis=random,rank=5": svft, "lora:rank=3,alpha=7": lora, "lora:rank=3,init=pissa": lora,
+          "dora:rank=3,alpha=7": dora, "vera:rank=40,seed=2": vera}
 
 
 @pytest.mark.parametrize("spec", CLOSED)
