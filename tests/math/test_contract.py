@@ -216,7 +216,8 @@ def check_half(spec, shape, dtype, folder):
 
 CHECKS = (check_start, check_two_paths, check_training, check_merge, check_files, check_state_dict, check_meta,
           check_autocast, check_half)
-DTYPES = {check_half: HALF} | dict.fromkeys([check_files, check_state_dict, check_meta, check_autocast], [torch.float32])
+FLOAT32 = dict.fromkeys((check_files, check_state_dict, check_meta, check_autocast), (torch.float32,))
+DTYPES = {check_half: HALF, **FLOAT32}
 
 
 def run(check, spec, folder):

@@ -99,7 +99,7 @@ def assert_cheapest(forward, orders, d_in, *trained):
     """forward and all orders are one function, and forward needs as few products as the cheapest of them, in a step
     forward and backward to x and the trained tensors."""
     def flops(function, x):
-        in_place = {torch.ops.aten.addmm_: lambda y, h, Bt, **rest: 2 * h[0] * h[1] * Bt[1]}    # torch does not count it
+        in_place = {torch.ops.aten.addmm_: lambda y, h, Bt, **rest: 2 * h[0] * h[1] * Bt[1]}   # torch does not count it
         with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
             function(x, *trained).sum().backward()
         return counter.get_total_flops()

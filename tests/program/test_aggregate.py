@@ -1,4 +1,4 @@
-"""python -m svmini.aggregate: seeds are averaged first, then files are compared; files that do not match are refused."""
+"""python -m svmini.aggregate: seeds are averaged first, then files are compared; others are refused."""
 
 import json
 import statistics
