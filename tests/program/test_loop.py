@@ -202,7 +202,7 @@ def test_steps_and_evaluations_use_their_mode_and_the_dtype_of_the_device_config
     assert not model.training and torch.is_grad_enabled()
 
 
-def test_a_device_is_resolved_with_its_reason(monkeypatch):
+def test_a_device_is_resolved_with_its_reason_and_the_half_precision_of_its_hardware(monkeypatch):
     assert CPU.reason == "cpu (1 thread, set by --device), float32" and CPU.dtype == torch.float32
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -210,15 +210,12 @@ def test_a_device_is_resolved_with_its_reason(monkeypatch):
     for name in ("cuda", "mps"):
         with refused(f"device '{name}' is not available: use auto or "):
             resolve_device(name)
-
-
-@pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
-def test_a_gpu_uses_the_half_precision_that_its_hardware_has(capability, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
-    found = resolve_device()
-    assert found.device.type == "cuda" and found.dtype == dtype and found.reason.startswith("cuda (a card, auto-")
+    for capability, dtype in (((7, 5), torch.float16), ((8, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        found = resolve_device()
+        assert found.device.type == "cuda" and found.dtype == dtype and found.reason.startswith("cuda (a card, auto-")
 
 
 @pytest.mark.parametrize("device, by_user, size, threads", [
