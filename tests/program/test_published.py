@@ -189,7 +189,7 @@ def test_the_rule_of_the_origin_is_kept_in_model_files_and_in_half_precision(tmp
     ("Hugging Face ViT", lambda s: s.pop("layernorm.bias"), "missing ['layernorm.bias']"),
     ("Hugging Face DINOv2", lambda s: s.update({"classifier.weight": torch.ones(5, 24)}), "head.weight"),
     *(("Hugging Face DINOv2" if key.startswith("e") else "timm", lambda s, key=key: s.update({key: torch.ones(1)}),
-       f"this ViT has {what}, which svmini does not support") for key, what in (
+       f"this ViT has {what}") for key, what in (
         ("reg_token", "register tokens"), ("embeddings.register_tokens", "register tokens"),
         ("dist_token", "a distillation token"), ("embeddings.distillation_token", "a distillation token"),
         ("blocks.0.attn.q_norm.weight", "qk_norm"), ("fc_norm.weight", "fc_norm"),
