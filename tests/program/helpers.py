@@ -228,8 +228,8 @@ def make_little(patch):
 def little(tmp_path_factory):
     """Make both scripts little; returns a folder with a text and question-answer pairs."""
     folder = tmp_path_factory.mktemp("data ü")
-    (folder / "prose.txt").write_text("\n\n".join(f"On day {i} the cat sees {i * i} birds\nand number {7 * i % 11} sings."
-                                                 for i in range(260)))
+    (folder / "prose.txt").write_text("\n\n".join(
+        f"On day {i} the cat sees {i * i} birds\nand number {7 * i % 11} sings." for i in range(260)))
     (folder / "pairs.jsonl").write_text("".join(
         json.dumps({"question": f"Ann has {i} pears.", "answer": f"So {i}.\n#### {i}"}) + "\n" for i in range(20)))
     with pytest.MonkeyPatch.context() as patch:

@@ -49,7 +49,7 @@ def as_hugging_face(state, dinov2, prefix=""):
         for old, new in names.items():
             key = key.replace(old, new)
         parts = dict(zip(("query", "key", "value"), value.chunk(3))) if "attn.qkv" in key else {"": value}
-        theirs |= {prefix + key.replace("attn.qkv", f"attention.attention.{name}"): part for name, part in parts.items()}
+        theirs |= {prefix + key.replace("attn.qkv", f"attention.attention.{n}"): part for n, part in parts.items()}
     for kind in ("weight", "bias"):
         if f"{prefix}head.{kind}" in theirs:
             theirs[f"classifier.{kind}"] = theirs.pop(f"{prefix}head.{kind}")

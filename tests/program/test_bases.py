@@ -13,18 +13,15 @@ from svmini.model_file import load_model, save_model
 from svmini.training import compare
 
 
-@pytest.mark.parametrize("script, flags, name, sizes", [
-    (train_gpt, ["--data", "file:PROSE", "--block-size", 20], "file:PROSE", {"block_size": 20}),
-    (train_gpt, ["--data", "arithmetic"], "arithmetic +", {"vocab_size": 13, "block_size": 12}),
-    (train_vit, ["--data", "glyphs"], "glyphs A", {"image_size": 24, "patch_size": 6, "num_classes": 34})])
-def test_pretrain_uses_the_dataset_and_the_sizes_of_its_flags(script, flags, name, sizes, little, tmp_path):
-    flags, [name] = ([str(f).replace("PROSE", str(little / "prose.txt")) for f in part] for part in (flags, [name]))
-    argv = [script, "pretrain", *flags, "--n-layer", 2, "--steps", 3, "--out", tmp_path]
+@pytest.mark.parametrize("script, data, name, sizes", [
+    (train_gpt, "arithmetic", "arithmetic +", {"vocab_size": 13, "block_size": 12}),
+    (train_vit, "glyphs", "glyphs A", {"image_size": 24, "patch_size": 6, "num_classes": 34})])
+def test_pretrain_uses_the_dataset_and_the_sizes_of_its_flags(script, data, name, sizes, little, tmp_path):
+    argv = [script, "pretrain", "--data", data, "--n-layer", 2, "--steps", 3, "--out", tmp_path]
     assert f"pretraining on {name}," in call(*argv) and not (tmp_path / "results.json").exists()
     model, metadata = load_model(tmp_path / "pretrain" / "model.pt", ViT if script is train_vit else GPT)
     assert (SIZES | {"n_layer": 2} | sizes).items() <= vars(model.config).items()
-    assert {"data": name, "steps": 3}.items() <= metadata["run_config"].items()
-    assert metadata["data"].startswith(name)
+    assert {"data": name, "steps": 3}.items() <= metadata["run_config"].items() and metadata["data"] == name
     assert "from an earlier run" in call(*argv, "--resume")
     error = call(*argv, "--lr", 0.5, "--weight-decay", 0.75, code=2)
     assert "lr was" in error and "weight_decay was" in error
@@ -33,8 +30,8 @@ def test_pretrain_uses_the_dataset_and_the_sizes_of_its_flags(script, flags, nam
 def test_base_data_names_the_dataset_of_the_base_model_and_init_its_file(little, tmp_path, monkeypatch):
     prose = f"file:{little / 'prose.txt'}"
     argv = [train_gpt, "--methods", "svfit", "--steps", 1, "--out"]
-    assert f"pretraining on {prose}" in call(*argv, tmp_path / "a", "--base-data", prose)
-    assert read(tmp_path / "a")["task"] == "topics"
+    assert f"pretraining on {prose}" in call(*argv, tmp_path / "a", "--base-data", prose, "--block-size", 20)
+    assert (read(tmp_path / "a")["task"], read(tmp_path / "a")["block_size"]) == ("topics", 20)
     argv += [tmp_path / "b", "--init", tmp_path / "a" / "pretrain" / "model.pt", "--block-size", 8]
     assert "pretraining" not in call(*argv) and read(tmp_path / "b")["block_size"] == 8
     for name in ("mnist", "cifar10", "cifar100"):
@@ -47,8 +44,7 @@ def test_base_data_names_the_dataset_of_the_base_model_and_init_its_file(little,
         model, metadata = load_model(out / "pretrain" / "model.pt", ViT)
         assert f"pretraining on {base}" in printed and metadata["data"] == base and read(out)["per_class"] == 5
         assert (model.config.image_size, model.config.patch_size, model.config.in_channels) == size
-        real = image_datasets.IMAGE_DATASETS.get(base)
-        assert (model.config.mean, model.config.std) == ((real.mean, real.std) if real else ((0.5,), (0.5,)))
+        assert model.config.mean == (image_datasets.IMAGE_DATASETS[base].mean if base == "cifar100" else (0.5,))
         assert rows(out)[0]["head_params"] == 10 * 17
         assert not (out / "predictions.png").exists(), "there is no adapter whose predictions could be shown"
 

@@ -102,8 +102,7 @@ def test_a_new_run_deletes_the_files_of_an_earlier_run_and_every_run_those_of_a_
 
 
 def test_file_names_are_readable_and_those_of_long_and_non_ascii_texts_short_and_distinct():
-    assert file_name("svft:off_diagonals=8@query,value") == "svft_off_diagonals=8_query,value"
-    assert file_name("a/b\\c|d") == "a_b_c_d"
+    assert file_name("svft:off_diagonals=8@query,a/b\\c|d") == "svft_off_diagonals=8_query,a_b_c_d"
     texts = ["lora@" + ",".join(f"blocks.{i}.mlp.up" for i in range(n)) for n in (30, 31, 300)] + ["größe", "grösse"]
     names = set(map(file_name, texts))
     assert len(names) == len(texts) and all(name.isascii() and len(name) <= 113 for name in names)
@@ -201,7 +200,8 @@ def test_a_finished_run_without_its_result_file_is_trained_again_and_a_damaged_f
 def test_a_base_model_is_kept_and_reused_only_with_the_same_run_config(tmp_path, capsys):
     metadata = {"data": "walk", "tokenizer": ["00"]}
     first, measured = pretrain.pretrain(tiny_gpt(0.2), Toy(), SHORT, CPU, tmp_path, metadata)
-    assert (metadata | {"published": False, "metric": score(first.eval(), "test")["metric"]}).items() <= measured.items()
+    expected = metadata | {"published": False, "metric": score(first.eval(), "test")["metric"]}
+    assert expected.items() <= measured.items()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "model.pt"]
     assert "pretraining on walk" in capsys.readouterr().out
     half = replace(CPU, dtype=torch.bfloat16)   # the dtype of another device

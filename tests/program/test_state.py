@@ -14,9 +14,8 @@ from svmini.adapting import exact_weight
 
 def test_an_adapter_on_a_base_that_changed_is_not_saved(tmp_path):
     """The file would belong to no base. After a state dict of another base, even if only adapted weights differ."""
-    other = Net()
+    model, other = adapt_spec("svft", Net()), Net()
     other.query.weight.data += 0.1
-    model = adapt_spec("svft", Net())
     model.load_state_dict(adapt_spec("svft", other).state_dict())
     with rejected(model, "query.U has changed since adapt", "state dict", "adapting its own base"):
         save_adapter(model, tmp_path / "a.pt")
