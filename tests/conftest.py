@@ -1,4 +1,4 @@
-"""Settings of all tests: one thread, because the models are tiny and threads would wait for each other; the slow mark."""
+"""Settings of all tests: one thread, because the models are tiny and threads would wait for each other; slow tests."""
 
 import pytest
 import torch

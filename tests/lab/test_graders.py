@@ -66,7 +66,7 @@ METHODS_OF_THE_LAB = {   # the answer, and what is changed in it to make a wrong
     "columns": (answers.Columns, {"weight": property(lambda self: self.W0 * self.g[:1])}, {"examples": ()},
                 {"forward": lambda self, x: (x * self.g) @ self.W0.t()}),                # no bias
     "lora_xs": (answers.LoRAXS, {"weight": property(lambda self: self.W0 + self.L @ self.R.t() @ self.Vt)},
-                {"examples": ("rank=8",)}),
+                {"examples": ("rank=1",)}),
 }
 
 

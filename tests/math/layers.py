@@ -60,6 +60,13 @@ def weight_of(layer):
     return layer.weight.detach()
 
 
+def positions_of(layer):
+    """Return the positions (i, j) of the trained entries of SVFT's M or of random masking's E."""
+    if "indices" not in dict(layer.named_buffers()):                # plain
+        return [(i, i) for i in range(layer.M.numel())]
+    return [divmod(n, layer.Vt.shape[0] if hasattr(layer, "Vt") else layer.in_features) for n in layer.indices.tolist()]
+
+
 def tokens(T, d, dtype=torch.float64, seed=1):
     return torch.randn(T, d, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 

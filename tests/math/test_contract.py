@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 import svmini.methods
-from layers import (EPS, OWN, TOKENS, adapter, assert_close, layer_of, linear, move, noise, shapes_of, specs, tokens)
+from layers import EPS, OWN, TOKENS, adapter, assert_close, layer_of, linear, move, shapes_of, specs, tokens
 from svmini import METHODS, adapt, count_trainable, load_adapter, merge, save_adapter
 from svmini.adapting import adapters_of
 from svmini.methods import parse_spec
@@ -87,8 +87,12 @@ def check_two_paths(spec, shape, dtype, folder):
 
 
 def check_training(spec, shape, dtype, folder):
-    """A step moves every parameter of the adapters and the head, in the dtype of W0, and nothing of the base."""
+    """The trainable parameters are as many as count returns. A step moves every one, in the dtype of W0, and nothing
+    of the base."""
     model = move(adapted(spec, shape, dtype))
+    counted = sum(type(a).count(*shape, **a.options) for a in adapters_of(model).values())
+    head = shape[0] ** 2 + shape[0]
+    assert counted > 0 and count_trainable(model) == {"adapter": counted, "head": head, "total": counted + head}
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {n for n, _ in model.named_parameters() if n.startswith(("query.", "value.", "head."))}
     assert all(p.dtype == dtype for p in model.parameters())
@@ -100,14 +104,6 @@ def check_training(spec, shape, dtype, folder):
             assert (now != before[name]).all(), f"{name} has entries that a step does not move"
         else:
             assert torch.equal(now, before[name]), f"{name} belongs to the base and has moved"
-
-
-def check_count(spec, shape, dtype, folder):
-    """count is the number of parameters in the modules."""
-    model = adapted(spec, shape, dtype)
-    expected = sum(type(a).count(*shape, **a.options) for a in adapters_of(model).values())
-    head = shape[0] ** 2 + shape[0]
-    assert expected > 0 and count_trainable(model) == {"adapter": expected, "head": head, "total": expected + head}
 
 
 def check_merge(spec, shape, dtype, folder):
@@ -165,8 +161,6 @@ def check_meta(spec, shape, dtype, folder):
 
 def check_autocast(spec, shape, dtype, folder):
     """Autocast rounds products and nothing else: values and gradients are close, and a step stays in float32."""
-    if dtype == torch.float64:
-        return                                                  # autocast leaves float64 alone
     layer, results = layer_of(spec, shape, dtype), []           # on the CPU: torch has no autocast on the meta device
     for rounded in (True, False):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=rounded):
@@ -220,13 +214,16 @@ def check_half(spec, shape, dtype, folder):
         assert (p != before[name]).all(), f"{name} has entries that a step does not move"
 
 
-CHECKS = (check_start, check_two_paths, check_training, check_count, check_merge, check_files, check_state_dict,
-          check_meta, check_autocast, check_half)
+CHECKS = (check_start, check_two_paths, check_training, check_merge, check_files, check_state_dict, check_meta,
+          check_autocast, check_half)
+FLOAT32 = dict.fromkeys((check_files, check_state_dict, check_meta, check_autocast), (torch.float32,))
+DTYPES = {check_half: HALF, **FLOAT32}
 
 
 def run(check, spec, folder):
-    for shape in shapes_of(spec):
-        for dtype in HALF if check is check_half else EPS:
+    """Run a check for both dtypes and all shapes, or where these matter less, for one kind and the last two shapes."""
+    for shape in shapes_of(spec)[-2 if check in DTYPES else 0:]:
+        for dtype in DTYPES.get(check, EPS):
             check(spec, shape, dtype, folder)
 
 
@@ -234,11 +231,6 @@ def run(check, spec, folder):
 @pytest.mark.parametrize("check", CHECKS)
 def test_contract(check, spec, tmp_path):
     run(check, spec, tmp_path)
-
-
-def test_no_method_is_missing():
-    parametrized = [mark.args[1] for mark in test_contract.pytestmark if mark.args[0] == "spec"][0]
-    assert parametrized == specs() and {parse_spec(spec)[0] for spec in specs()} == set(METHODS)
 
 
 def test_a_method_without_examples_is_rejected():
@@ -252,8 +244,8 @@ def test_a_method_without_examples_is_rejected():
 
 def test_adapter_files_skip_what_can_be_recomputed():
     for spec in specs():
-        layer = layer_of(spec, shapes_of(spec)[0])
         if parse_spec(spec)[0] in OWN:
+            layer = layer_of(spec, shapes_of(spec)[0])
             drawn = "pattern=random" in spec or "topk" in spec or spec.startswith("random_mask")
             stored = layer.state_dict().keys() - layer.frozen - dict(layer.named_parameters()).keys()
             assert stored == ({"indices"} if drawn else set())
@@ -273,30 +265,3 @@ def test_a_weight_that_lacks_an_attribute_names_it():
             use()
     with pytest.raises(NotImplementedError, match="Adapter must define weight"):
         Adapter(linear()).weight
-
-
-def test_full_trains_everything_and_head_only_the_head(tmp_path):
-    """Two specs without adapters. merge makes everything trainable again."""
-    x, head = tokens(5, 24, torch.float32), 16 * 16 + 16
-    for spec in ("full", "head"):
-        model = adapt(Net(16, 24, torch.float32), spec, also_train=("head",))
-        total = sum(p.numel() for p in model.parameters()) if spec == "full" else head
-        assert count_trainable(model) == {"adapter": total - head, "head": head, "total": total}
-        before = all_tensors(model)
-        step(model, x)
-        moved = {name for name, t in all_tensors(model).items() if not torch.equal(t, before[name])}
-        assert moved == {name for name in before if name != "shift" and (spec == "full" or name.startswith("head."))}
-        if spec == "head":
-            save_adapter(model, tmp_path / "head.pt")
-            assert_close(load_adapter(Net(16, 24, torch.float32), tmp_path / "head.pt")(x), model(x), 0)
-        expected = model(x)
-        assert all(p.requires_grad for p in merge(model).parameters()) and torch.equal(model(x), expected)
-
-
-def test_a_move_is_small_on_the_scale_of_each_method():
-    for spec in specs():
-        for shape in shapes_of(spec):
-            layer = layer_of(spec, shape, moved=False)
-            W0 = layer.weight.detach()
-            moved = (move(layer).weight - W0).norm() / W0.norm()
-            assert 0.07 < moved <= 0.3 + 1e-6 and len(noise(layer)) == len(list(layer.parameters()))

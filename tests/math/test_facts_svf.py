@@ -4,21 +4,10 @@ import math
 
 import pytest
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 
-from layers import SHAPES, assert_close, layer_of, linear, tokens, weight_of
-from svmini import METHODS, adapt
+from layers import SHAPES, assert_close, layer_of, linear, positions_of, tokens, weight_of
+from svmini import METHODS
 from svmini.methods.svd import thin_svd
-
-
-def rank_of(W):
-    return int(torch.linalg.matrix_rank(W, rtol=1e-10))
-
-
-def share(part, whole):
-    """Return the fraction of the energy of `whole` that `part` has."""
-    return (part.square().sum() / whole.square().sum()).item()
 
 
 @torch.no_grad()
@@ -27,23 +16,6 @@ def set_M(layer, M):
 
 
 # ---- SVFT's lemma ----
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_lemma_a_a_diagonal_m_keeps_the_singular_vectors(shape):
-    """They stay the same up to sign and order. An off-diagonal entry changes them."""
-    layer = layer_of("svft:pattern=plain", shape, moved=False)
-    U, S, Vt = thin_svd(linear(shape).weight)
-    core = torch.linspace(-1.05, 1, 16, dtype=torch.float64)    # signs and order change, and all sizes differ
-    set_M(layer, core - S)
-    assert_close(U.t() @ weight_of(layer) @ Vt.t(), torch.diag(core))
-    new_U, new_S, new_Vt = torch.linalg.svd(weight_of(layer), full_matrices=False)
-    size, order = core.abs().sort(descending=True)
-    assert_close(new_S, size)
-    assert_close((new_U.t() @ U[:, order]).abs(), torch.eye(16, dtype=torch.float64), 1e-9)
-    assert_close((new_Vt @ Vt[order].t()).abs(), torch.eye(16, dtype=torch.float64), 1e-9)
-    alike = torch.linalg.svd(weight_of(layer_of("svft:off_diagonals=1", shape)))[0][:, :16].t() @ U
-    assert alike.abs().max(dim=1).values.min() < 0.99
-
 
 def test_lemma_b_a_dense_m_reaches_every_target_of_a_square_matrix():
     """M = Uᵀ (P − W0) V, and no other M."""
@@ -56,64 +28,24 @@ def test_lemma_b_a_dense_m_reaches_every_target_of_a_square_matrix():
     assert (layer.weight - P).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("shape", ("wide", "tall"))
-def test_thin_factors_cannot_reach_a_third_of_a_target(shape):
-    """16 x 24 or 24 x 16: no M changes anything in 8 of 24 dimensions, which only the paper's full V contains."""
-    layer, out_of_reach = layer_of("svft:off_diagonals=15", shape, moved=False), []
-    W0, (U, _, Vt) = weight_of(linear(shape)), thin_svd(linear(shape).weight)
-    for seed in range(100):
-        P = W0 + tokens(*SHAPES[shape], seed=seed)
-        set_M(layer, U.t() @ (P - W0) @ Vt.t())
-        layer.zero_grad()
-        (layer.weight - P).square().sum().backward()
-        assert layer.M.grad.abs().max() < 1e-11                 # no M is closer: the distance is convex in M
-        out_of_reach.append(share(weight_of(layer) - P, P - W0))
-    assert abs(sum(out_of_reach) / 100 - 8 / 24) < 0.01 and min(out_of_reach) > 0.2
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("k", (1, 3, 8, 16, 40))
-def test_lemma_c_the_rank_of_an_update_is_at_most_k(shape, k):
-    """For any k positions; the diagonal reaches the bound. LoRA needs more parameters for the same rank."""
-    W0 = weight_of(linear(shape))
-    layer = layer_of("svft:pattern=random", shape, moved=False)
-    with torch.no_grad():
-        layer.M[:k] = torch.randn(k, dtype=torch.float64)
-    rows, columns = layer.indices[:k] // 16, layer.indices[:k] % 16
-    bound = min(k, len(rows.unique()), len(columns.unique()))
-    assert rank_of(weight_of(layer) - W0) <= bound <= min(k, 16)
-    diagonal = layer_of("svft:pattern=plain", shape, moved=False)
-    with torch.no_grad():
-        diagonal.M[:k] = 1.0
-    assert rank_of(weight_of(diagonal) - W0) == min(k, 16)
-    if k <= 16:
-        lora = layer_of(f"lora:rank={k}", shape)
-        assert rank_of(weight_of(lora) - W0) == k < lora.A.numel() + lora.B.numel()
-
-
 # ---- SVFT: the positions of M, and where the authors' code differs from their paper ----
-
-PATTERNS = ("pattern=plain", "off_diagonals=3", "pattern=random,off_diagonals=3", "pattern=topk,off_diagonals=3")
-
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rank", (None, 1, 5, 15))
 def test_m_is_placed_at_its_positions(rank, shape):
     """W = W0 + U_r M V_rᵀ for every pattern, r = D without a rank: u_i v_jᵀ and not u_j v_iᵀ. Nothing multiplies M,
     such as the trained gate of the authors' code."""
-    W0, (U, _, Vt) = weight_of(linear(shape)), thin_svd(linear(shape).weight)
-    r = rank or 16
-    for options in PATTERNS:
-        if options.startswith("pattern=topk") and shape != "square":
+    W0, (U, _, Vt), r = weight_of(linear(shape)), thin_svd(linear(shape).weight), rank or 16
+    for pattern in ("plain", "banded", "random", "topk"):
+        if pattern == "topk" and shape != "square":
             continue
-        options = options.replace("=3", f"={min(3, r - 1)}") + ("" if rank is None else f",rank={rank}")
-        layer, M = layer_of(f"svft:{options}", shape), torch.zeros(r, r, dtype=torch.float64)
-        places = [(i, i) for i in range(r)] if "plain" in options else [divmod(n, r) for n in layer.indices.tolist()]
-        for (i, j), value in zip(places, layer.M.detach()):
+        layer = layer_of(f"svft:pattern={pattern},off_diagonals={min(3, r - 1)},rank={rank}", shape)
+        M = torch.zeros(r, r, dtype=torch.float64)
+        for (i, j), value in zip(positions_of(layer), layer.M.detach(), strict=True):
             M[i, j] = value
         assert_close(layer.weight, W0 + U[:, :r] @ M @ Vt[:r])
-        if not options.startswith("pattern"):
-            assert places == [(i, j) for i in range(r) for j in range(r) if abs(i - j) <= min(3, r - 1)]
+        if pattern == "banded":
+            assert positions_of(layer) == [(i, j) for i in range(r) for j in range(r) if abs(i - j) <= min(3, r - 1)]
 
 
 def test_random_positions_are_distinct_and_follow_the_seed():
@@ -121,16 +53,15 @@ def test_random_positions_are_distinct_and_follow_the_seed():
     def positions(options="", shape="square"):
         return layer_of(f"svft:pattern=random{options}", shape, moved=False).indices.tolist()
 
-    for d in (0, 2, 7, 15):
-        for seed in range(5):
-            drawn = positions(f",off_diagonals={d},seed={seed}")
-            assert len(set(drawn)) == len(drawn) == METHODS["svft"].count(16, 16, off_diagonals=d)
-            assert drawn == sorted(drawn) and 0 <= drawn[0] and drawn[-1] < 256
+    for d, seed in ((0, 0), (2, 1), (7, 2), (7, 3), (15, 4)):
+        drawn = positions(f",off_diagonals={d},seed={seed}")
+        assert len(set(drawn)) == len(drawn) == METHODS["svft"].count(16, 16, off_diagonals=d)
+        assert drawn == sorted(drawn) and 0 <= drawn[0] and drawn[-1] < 256
     assert positions() == positions(",seed=0") == positions(shape="wide") != positions(",seed=1")
     assert positions(",off_diagonals=15") == list(range(256))
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_topk_chooses_the_largest_products_of_singular_vectors(seed):
     """The authors' code ranks u·v without the transpose."""
     U, S, Vt = (t.tolist() for t in thin_svd(linear(seed=seed).weight))
@@ -143,22 +74,6 @@ def test_topk_chooses_the_largest_products_of_singular_vectors(seed):
     assert chosen == largest(lambda i, j: abs(sum(U[n][i] * Vt[j][n] for n in range(16))))     # |u_iᵀ v_j|
     assert chosen != largest(lambda i, j: sum(U[n][i] * Vt[j][n] for n in range(16)))          # the sign is arbitrary
     assert chosen != largest(lambda i, j: abs(sum(U[i][n] * Vt[j][n] for n in range(16))))     # authors' code
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("rank", (4, 8, 14))
-def test_the_truncation_of_the_paper_starts_from_a_damaged_model(shape, rank):
-    """U_r (Σ_r + M) V_rᵀ lacks the energy of the other singular values at the start. svft:rank=r lacks nothing."""
-    base, x = linear(shape), tokens(200, SHAPES[shape][1])
-    U, S, Vt = thin_svd(base.weight)
-    truncated = U[:, :rank] * S[:rank] @ Vt[:rank]
-    lost = share(truncated - base.weight, base.weight)
-    assert math.isclose(lost, share(S[rank:], S), rel_tol=1e-10)
-    assert lost > {4: 0.3, 8: 0.08, 14: 0.0005}[rank]
-    y = F.linear(x, base.weight)
-    off = share(F.linear(x, truncated) - y, y)
-    assert 0.5 * lost < off < 2 * lost                          # the layer's output is off by as much
-    assert_close(layer_of(f"svft:rank={rank},off_diagonals=1", shape, moved=False).weight, base.weight, 0)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -177,48 +92,12 @@ def test_a_random_basis_replaces_the_singular_vectors(shape):
     assert torch.equal(part.U, layer.U[:, :5]) and torch.equal(part.Vt, layer.Vt[:5])
     if shape == "square":
         assert (layer.U - layer.Vt.t()).abs().max() > 0.1                       # two separate draws
-    for options in ("", ",pattern=plain", ",rank=5,off_diagonals=4"):
-        assert (layer_of(f"svft:basis=random{options}", shape).M.numel()
-                == layer_of(f"svft:basis=singular{options}", shape).M.numel())
 
 
 # ---- SVFit ----
 
-class Two(nn.Module):
-    def __init__(self, shape):
-        super().__init__()
-        self.query, self.value = linear(shape), linear(shape, seed=1)
-
-    def forward(self, x):
-        return torch.tanh(self.query(x) + self.value(x))
-
-
 @pytest.mark.parametrize("shape", SHAPES)
-def test_svfit_with_all_ranks_and_plain_svft_train_alike(shape):
-    """The same losses and weights over 20 steps of AdamW without weight decay."""
-    x, y = tokens(20, SHAPES[shape][1]), torch.arange(20) % 3
-    fit = adapt(Two(shape), "svfit", targets=("query", "value"))
-    svft = adapt(Two(shape), "svft", targets=("query", "value"), pattern="plain")
-    losses = {fit: [], svft: []}
-    for model in losses:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-        for _ in range(20):
-            loss = F.cross_entropy(model(x), y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses[model].append(loss.item())
-    assert losses[fit][-1] < losses[fit][0] - 0.1
-    assert_close(torch.tensor(losses[fit]), torch.tensor(losses[svft]), 1e-10)
-    for a, b in ((fit.query, svft.query), (fit.value, svft.value)):
-        assert (a.s - a.S).abs().max() > 0.05                   # else nothing is compared
-        assert_close(a.s, b.S + b.M, 1e-10)
-        assert_close(a.weight, b.weight, 1e-10)
-    assert_close(fit(x), svft(x), 1e-10)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("rank", (1, 5, 15, 16))
+@pytest.mark.parametrize("rank", (1, 5, 16))
 def test_svfit_keeps_the_residual(shape, rank):
     """W = U_r diag(s) V_rᵀ + W_e with W_e = W0 − U_r Σ_r V_rᵀ, for any s."""
     W0, (U, S, Vt) = weight_of(linear(shape)), thin_svd(linear(shape).weight)
@@ -229,20 +108,10 @@ def test_svfit_keeps_the_residual(shape, rank):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("energy", (0.01, 0.3, 0.5, 0.9, 0.99, 0.999999, 1.0, 1))
-def test_energy_chooses_the_smallest_rank_that_contains_it(shape, energy):
+def test_energy_chooses_the_smallest_rank_that_contains_it(shape):
     S = torch.linalg.svdvals(weight_of(linear(shape))).tolist()
     total = math.fsum(s * s for s in S)
-    expected = next((r for r in range(1, 17) if math.fsum(s * s for s in S[:r]) >= energy * total), 16)
-    layer = layer_of(f"svfit:energy={energy}", shape)
-    assert layer.options == {"rank": expected, "energy": None} and layer.s.shape == (expected,)
-    assert expected == 16 or energy < 1
-
-
-@pytest.mark.parametrize("energy, expected", [(0.58, 1), (0.63, 1), (0.65, 2), (0.99, 2)])
-def test_energy_is_a_sum_of_squares(energy, expected):
-    """Of σ = (4, 3), the first value has 16/25 = 0.64 of the energy, and 4/7 = 0.57 of the plain sum."""
-    base = linear()
-    U, S, Vt = thin_svd(base.weight)
-    base.weight = nn.Parameter(U[:, :2] * S.new_tensor([4.0, 3.0]) @ Vt[:2])
-    assert METHODS["svfit"](base, energy=energy).options["rank"] == expected
+    for energy in (0.01, 0.5, 0.9, 0.99, 0.999999, 1.0, 1):
+        expected = next((r for r in range(1, 17) if math.fsum(s * s for s in S[:r]) >= energy * total), 16)
+        layer = layer_of(f"svfit:energy={energy}", shape)
+        assert layer.options == {"rank": expected, "energy": None} and layer.s.shape == (expected,), energy

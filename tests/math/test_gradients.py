@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from layers import SHAPES, TOKENS, assert_close, layer_of, linear, move, noise, shapes_of, tokens, trained, specs
-from svmini import GPT, METHODS, GPTConfig, ViT, ViTConfig, adapt
+from layers import (TOKENS, assert_close, layer_of, linear, move, noise, positions_of, shapes_of, specs, tokens,
+                    trained)
+from svmini import METHODS, ViT, ViTConfig, adapt
 from svmini.adapting import adapters_of
 from svmini.methods import parse_spec
 from svmini.methods.svd import thin_svd
@@ -27,8 +28,9 @@ def check_gradient(function, inputs, directions, seed=0, step=3e-4, eps=1e-8):
     any one input shows.  eps: relative to the size of such a slope. Raises AssertionError.
     """
     generator = torch.Generator().manual_seed(seed)
-    weights = torch.randn(function().shape, generator=generator, dtype=torch.float64)
-    gradients = torch.autograd.grad((function() * weights).sum(), inputs)
+    y = function()
+    weights = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+    gradients = torch.autograd.grad((y * weights).sum(), inputs)
     slope = sum((g * d).sum() for g, d in zip(gradients, directions))
     length = sum((g * d).square().sum() for g, d in zip(gradients, directions)).sqrt()
     assert length > 1e-6, "the gradient is zero"
@@ -49,21 +51,15 @@ def check_gradient(function, inputs, directions, seed=0, step=3e-4, eps=1e-8):
 
 
 def check_layer(spec):
-    """Check the gradient of every parameter alone, of x, and of all at once, for few and many tokens, and entry by
-    entry if there are few entries."""
+    """Check the gradient of x and of every parameter, for few and many tokens, and the gradient of weight."""
     for shape in shapes_of(spec):
         layer = layer_of(spec, shape)
         own, directions = list(layer.parameters()), noise(layer, seed=5)
         check_gradient(lambda: layer.weight, own, directions)
         for T in TOKENS:
             x = tokens(T, shape[1]).requires_grad_()
-            inputs, along = [x, *own], [tokens(T, shape[1], seed=6), *directions]
-            check_gradient(lambda: layer(x), inputs, along)
-            for one, d in zip(inputs, along):
+            for one, d in zip([x, *own], [tokens(T, shape[1], seed=6), *directions]):
                 check_gradient(lambda: layer(x), [one], [d])
-        if sum(p.numel() for p in own) <= 100:
-            x = tokens(2, shape[1]).requires_grad_()
-            torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *own), eps=1e-6, atol=1e-7, rtol=1e-5)
 
 
 @pytest.mark.parametrize("spec", gradient_specs())
@@ -71,27 +67,21 @@ def test_layer(spec):
     check_layer(spec)
 
 
-def tiny_model(kind):
-    """Return a model in float64 and a function that computes its loss, on next tokens or one class per image."""
+def check_model(spec):
+    """Check the gradient of a ViT along one direction of all parameters, and that every layer has a gradient."""
     torch.manual_seed(0)
-    if kind == "gpt":
-        model = GPT(GPTConfig(vocab_size=11, block_size=6, n_layer=2, n_head=2, d_model=16)).double()
-        x = torch.randint(11, (3, 6), generator=torch.Generator().manual_seed(1))
-        return model, lambda: F.cross_entropy(model(x).flatten(0, 1), x.roll(-1, dims=1).flatten())
-    model = ViT(ViTConfig(image_size=8, patch_size=4, in_channels=3, num_classes=4, n_layer=2, n_head=2, d_model=16))
-    x = torch.randn(3, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    return model.double(), lambda: F.cross_entropy(model(x), torch.arange(3))
+    config = ViTConfig(image_size=8, patch_size=4, in_channels=3, num_classes=4, n_layer=1, n_head=2, d_model=16)
+    model, images = ViT(config).double(), tokens(3, 3 * 8 * 8).view(3, 3, 8, 8)
 
+    def loss():
+        return F.cross_entropy(model(images), torch.arange(3))
 
-def check_model(spec, kind):
-    """Check the gradient along one direction of all parameters, and that every adapted layer has a gradient."""
-    model, loss = tiny_model(kind)
     method, options, targets = parse_spec(spec)
     square = "pattern=topk" in spec
     adapt(model, method, targets=("query", "key", "value", "out") if square else targets, **options)
     move(model)
     layers = adapters_of(model).values()
-    assert len(layers) == (0 if method in ("full", "head") else 8 if square else 12)
+    assert len(layers) == (0 if method in ("full", "head") else 4 if square else 6)
     check_gradient(loss, trained(model), noise(model, seed=5))
     loss().backward()
     assert all((p.grad != 0).any() for layer in layers for p in layer.parameters())
@@ -99,36 +89,17 @@ def check_model(spec, kind):
 
 @pytest.mark.parametrize("spec", gradient_specs() + ["full", "head"])
 def test_vit(spec):
-    check_model(spec, "vit")
+    check_model(spec)
 
 
-@pytest.mark.parametrize("spec", ["full", "svfit:", "svft:", "lora:", "dora:detach_norm=False", "vera:", "boft:"])
-def test_gpt(spec):
-    check_model(spec, "gpt")
-
-
-# ---- closed forms: the gradient of every parameter from ∂L/∂W = G; layer.indices are the positions of M and E ----
-
-def svfit(layer, G):
-    """∂L/∂s_i = u_iᵀ G v_i."""
-    U, S, Vt = thin_svd(linear(tuple(G.shape)).weight)
-    return {"s": torch.stack([U[:, i] @ G @ Vt[i] for i in range(len(layer.s))])}
-
+# ---- closed forms: the gradient of every parameter from ∂L/∂W = G ----
 
 def svft(layer, G):
     """∂L/∂M_ij = u_iᵀ G v_j."""
-    U, S, Vt = thin_svd(linear(tuple(G.shape)).weight)
+    U, _, Vt = thin_svd(linear(tuple(G.shape)).weight)
     if layer.options["basis"] == "random":
         U, Vt = layer.U, layer.Vt
-    r = layer.options["rank"] or len(S)
-    if layer.options["pattern"] == "plain":
-        at = [(i, i) for i in range(r)]
-    elif layer.options["pattern"] == "banded":
-        d = layer.options["off_diagonals"]
-        at = [(i, j) for i in range(r) for j in range(r) if abs(i - j) <= d]
-    else:
-        at = [divmod(n, r) for n in layer.indices.tolist()]
-    return {"M": torch.stack([U[:, i] @ G @ Vt[j] for i, j in at])}
+    return {"M": torch.stack([U[:, i] @ G @ Vt[j] for i, j in positions_of(layer)])}
 
 
 def lora(layer, G):
@@ -153,17 +124,10 @@ def vera(layer, G):
             "d": torch.einsum("ik,i,ij,jk->j", G, layer.b, layer.B, layer.A)}
 
 
-def random_mask(layer, G):
-    """∂L/∂E_ij = G_ij."""
-    return {"e": torch.stack([G[divmod(n, G.shape[1])] for n in layer.indices.tolist()])}
-
-
-CLOSED = {"svfit:": svfit, "svfit:rank=5": svfit, "svfit:energy=0.9": svfit, "svft:pattern=plain": svft,
-          "svft:off_diagonals=3": svft, "svft:pattern=random,seed=4": svft, "svft:pattern=topk": svft,
-          "svft:rank=5,off_diagonals=1": svft, "svft:rank=5,pattern=plain": svft, "svft:rank=5,pattern=topk": svft,
-          "svft:basis=random": svft, "svft:basis=random,rank=5": svft, "lora:rank=3": lora, "lora:rank=3,alpha=7": lora,
-          "lora:rank=3,init=pissa": lora, "dora:rank=3": dora, "dora:rank=3,alpha=7": dora, "vera:rank=5": vera,
-          "vera:rank=40,seed=2": vera, "random_mask:": random_mask}
+CLOSED = {"svft:pattern=plain": svft, "svft:off_diagonals=3": svft, "svft:pattern=random,seed=4": svft,
+          "svft:pattern=topk": svft, "svft:rank=5,off_diagonals=1": svft, "svft:rank=5,pattern=topk": svft,
+          "svft:basis=random,rank=5": svft, "lora:rank=3,alpha=7": lora, "lora:rank=3,init=pissa": lora,
+          "dora:rank=3,alpha=7": dora, "vera:rank=40,seed=2": vera}
 
 
 @pytest.mark.parametrize("spec", CLOSED)
@@ -178,16 +142,6 @@ def test_closed_form(spec):
             assert expected.keys() == dict(layer.named_parameters()).keys()
             for name, p in layer.named_parameters():
                 assert_close(p.grad, expected[name])
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_constant_norm_of_dora_gives_a_gradient_of_x_and_m_but_not_of_a_and_b(shape):
-    layer = layer_of("dora:rank=3", shape)
-    x = tokens(20, layer.in_features).requires_grad_()
-    m, A, B = noise(layer, seed=5)
-    check_gradient(lambda: layer(x), [x, layer.m], [tokens(20, layer.in_features, seed=6), m])
-    with pytest.raises(AssertionError, match="off by"):
-        check_gradient(lambda: layer(x), [layer.A, layer.B], [A, B])
 
 
 # ---- the check itself ----
@@ -215,37 +169,16 @@ WRONG = {"1 % off": lambda y: Times.apply(y, 1.01), "0.01 % off": lambda y: Time
          "half detached": lambda y: 0.5 * y + 0.5 * y.detach(), "one entry detached": one_entry_detached}
 
 
-@pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_wrong_gradient_fails_the_check(method, wrong):
-    spec = method + (":detach_norm=False" if method == "dora" else ":")
-    layer, x = layer_of(spec, "tall"), tokens(5, 16).requires_grad_()
-    inputs, along = [x, *layer.parameters()], [tokens(5, 16, seed=6), *noise(layer, seed=5)]
-    assert torch.equal(WRONG[wrong](layer(x)), layer(x))
-    check_gradient(lambda: Times.apply(layer(x), 1.0), inputs, along)
-    with pytest.raises(AssertionError, match="off by"):
-        check_gradient(lambda: WRONG[wrong](layer(x)), inputs, along)
-
-
-def test_one_wrong_gradient_among_correct_ones_fails_the_check():
-    layer, x = layer_of("lora:rank=3,alpha=7"), tokens(5, 16).requires_grad_()
-    inputs, along = [x, layer.A, layer.B], [tokens(5, 16, seed=6), *noise(layer, seed=5)]
-
-    def forward(wrong_A=1.0, wrong_B=1.0):
-        return F.linear(x, layer.W0 + 7 / 3 * Times.apply(layer.B, wrong_B) @ Times.apply(layer.A, wrong_A), layer.bias)
-
-    assert_close(forward(), layer(x))
-    check_gradient(forward, inputs, along)
-    for wrong in ({"wrong_A": 1.001}, {"wrong_B": 0.999}, {"wrong_A": 3 / 7}, {"wrong_B": -1.0}):
-        with pytest.raises(AssertionError, match="off by"):
-            check_gradient(lambda: forward(**wrong), inputs, along)
-
-
-def test_the_check_changes_no_input_and_fails_without_a_gradient():
-    layer, x = layer_of("svfit:"), tokens(5, 16).requires_grad_()
-    inputs, along = [x, layer.s], [tokens(5, 16, seed=6), *noise(layer, seed=5)]
+def test_a_wrong_gradient_fails_the_check(method):
+    layer, x = layer_of(method + (":detach_norm=False" if method == "dora" else ":"), "tall"), tokens(5, 16)
+    inputs, along = [x.requires_grad_(), *layer.parameters()], [tokens(5, 16, seed=6), *noise(layer, seed=5)]
     before = [t.detach().clone() for t in inputs]
-    check_gradient(lambda: layer(x), inputs, along)
-    assert all(torch.equal(a, b) for a, b in zip(before, inputs))
+    check_gradient(lambda: Times.apply(layer(x), 1.0), inputs, along)
+    assert all(torch.equal(a, b) for a, b in zip(before, inputs)), "the check has changed an input"
+    for wrong in WRONG.values():
+        assert torch.equal(wrong(layer(x)), layer(x))
+        with pytest.raises(AssertionError, match="off by"):
+            check_gradient(lambda: wrong(layer(x)), inputs, along)
     with pytest.raises(AssertionError, match="is zero"):
         check_gradient(lambda: layer(x) * 0, inputs, along)

@@ -127,9 +127,8 @@ def build(which, data, patch):
     if which == "eurosat":
         return which, build_tree(data / "eurosat" / "2750", {"": TRAIN + TEST})
     dataset = getattr(datasets, IMAGE_DATASETS[which].dataset)
-    builders = {datasets.MNIST: build_mnist, datasets.CIFAR10: build_cifar, datasets.Food101: build_food,
-                datasets.Flowers102: build_flowers}
-    builder = next((function for kind, function in builders.items() if issubclass(dataset, kind)), None)
-    if builder is None:
-        pytest.skip(f"the layout of the files of {which} is not in tests/program/fake_datasets.py")
-    return which, builder(data, patch, dataset)
+    for kind, builder in ((datasets.MNIST, build_mnist), (datasets.CIFAR10, build_cifar),
+                          (datasets.Food101, build_food), (datasets.Flowers102, build_flowers)):
+        if issubclass(dataset, kind):
+            return which, builder(data, patch, dataset)
+    pytest.skip(f"the layout of the files of {which} is not in tests/program/fake_datasets.py")

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from tiny_models import seeded
+from helpers import seeded
 
 
 def random_state(shapes, dtype):
@@ -49,7 +49,7 @@ def as_hugging_face(state, dinov2, prefix=""):
         for old, new in names.items():
             key = key.replace(old, new)
         parts = dict(zip(("query", "key", "value"), value.chunk(3))) if "attn.qkv" in key else {"": value}
-        theirs |= {prefix + key.replace("attn.qkv", f"attention.attention.{name}"): part for name, part in parts.items()}
+        theirs |= {prefix + key.replace("attn.qkv", f"attention.attention.{n}"): part for n, part in parts.items()}
     for kind in ("weight", "bias"):
         if f"{prefix}head.{kind}" in theirs:
             theirs[f"classifier.{kind}"] = theirs.pop(f"{prefix}head.{kind}")
@@ -61,6 +61,12 @@ def layer_norm(s, y, name, eps):
     return y * s[f"{name}.weight"] + s[f"{name}.bias"]
 
 
+def attention(qkv, n_head, hidden=0):
+    """Multi-head attention of queries, keys and values in one tensor (B, T, 3d); hidden is added to the scores."""
+    heads = zip(*(part.chunk(n_head, -1) for part in qkv.chunk(3, -1)))
+    return torch.cat([(q @ k.transpose(1, 2) / q.shape[-1] ** 0.5 + hidden).softmax(-1) @ v for q, k, v in heads], -1)
+
+
 def gpt2_forward(s, x, n_layer=2, n_head=3):
     """GPT-2's logits, in as few operations as possible."""
     def conv1d(y, name):
@@ -68,14 +74,10 @@ def gpt2_forward(s, x, n_layer=2, n_head=3):
 
     T = x.shape[1]
     y = s["wte.weight"][x] + s["wpe.weight"][:T]
-    hidden = torch.ones(T, T).triu(1).bool()
+    hidden = torch.full((T, T), -math.inf).triu(1)
     for i in range(n_layer):
-        q, k, v = conv1d(layer_norm(s, y, f"h.{i}.ln_1", 1e-5), f"h.{i}.attn.c_attn").chunk(3, -1)
-        heads = []
-        for qh, kh, vh in zip(*(part.chunk(n_head, -1) for part in (q, k, v))):
-            scores = (qh @ kh.transpose(1, 2) / qh.shape[-1] ** 0.5).masked_fill(hidden, -math.inf)
-            heads.append(scores.softmax(-1) @ vh)
-        y = y + conv1d(torch.cat(heads, -1), f"h.{i}.attn.c_proj")
+        qkv = conv1d(layer_norm(s, y, f"h.{i}.ln_1", 1e-5), f"h.{i}.attn.c_attn")
+        y = y + conv1d(attention(qkv, n_head, hidden), f"h.{i}.attn.c_proj")
         u = conv1d(layer_norm(s, y, f"h.{i}.ln_2", 1e-5), f"h.{i}.mlp.c_fc")
         u = 0.5 * u * (1 + torch.tanh((2 / math.pi) ** 0.5 * (u + 0.044715 * u ** 3)))
         y = y + conv1d(u, f"h.{i}.mlp.c_proj")
@@ -92,10 +94,8 @@ def vit_features(s, x, n_layer=2, n_head=2, patch=4, eps=1e-6):
     y = x @ s["patch_embed.proj.weight"].flatten(1).T + s["patch_embed.proj.bias"]
     y = torch.cat([s["cls_token"].expand(len(y), -1, -1), y], dim=1) + s["pos_embed"]
     for i in range(n_layer):
-        q, k, v = linear(layer_norm(s, y, f"blocks.{i}.norm1", eps), f"blocks.{i}.attn.qkv").chunk(3, -1)
-        heads = [(qh @ kh.transpose(1, 2) / qh.shape[-1] ** 0.5).softmax(-1) @ vh
-                 for qh, kh, vh in zip(*(part.chunk(n_head, -1) for part in (q, k, v)))]
-        y = y + s.get(f"blocks.{i}.ls1.gamma", 1) * linear(torch.cat(heads, -1), f"blocks.{i}.attn.proj")
+        qkv = linear(layer_norm(s, y, f"blocks.{i}.norm1", eps), f"blocks.{i}.attn.qkv")
+        y = y + s.get(f"blocks.{i}.ls1.gamma", 1) * linear(attention(qkv, n_head), f"blocks.{i}.attn.proj")
         u = linear(layer_norm(s, y, f"blocks.{i}.norm2", eps), f"blocks.{i}.mlp.fc1")
         u = u * 0.5 * (1 + torch.erf(u / math.sqrt(2)))
         y = y + s.get(f"blocks.{i}.ls2.gamma", 1) * linear(u, f"blocks.{i}.mlp.fc2")

@@ -54,8 +54,8 @@ def test_a_batch_is_right_and_a_function_of_seed_and_step(operation):
     a, b = numbers(x)
     assert (split_of(a, b) == 0).all()
     assert operation == "+" or (a >= b).all()
-    for seed, step, same in ((1, 5, True), (1, 6, False), (2, 5, False)):
-        assert torch.equal(task.batch(300, seed, step)[0], x) is same
+    assert torch.equal(task.batch(300, 1, 5)[0], x)
+    assert not torch.equal(task.batch(300, 1, 6)[0], x) and not torch.equal(task.batch(300, 2, 5)[0], x)
 
 
 @pytest.mark.parametrize("operation", "+-")
@@ -64,7 +64,6 @@ def test_problems_are_fixed_right_and_held_out(operation):
     sets = {}
     for number, split in ((1, "val"), (2, "test")):
         prompts, answers = task.problems(split, 400)
-        assert prompts.shape == (400, 8) and answers.shape == (400, 4)
         assert torch.equal(answers, solve(prompts, operation))
         assert torch.equal(task.problems(split, 50)[0], prompts[:50])
         a, b = numbers(prompts)
@@ -72,8 +71,8 @@ def test_problems_are_fixed_right_and_held_out(operation):
         sets[split] = set(map(tuple, prompts.tolist()))
         assert len(sets[split]) == 400
     assert not sets["val"] & sets["test"]
-    trained = {tuple(row) for step in range(50) for row in task.batch(500, 0, step)[0][:, :8].tolist()}
-    assert len(trained) > 20000 and not trained & (sets["val"] | sets["test"])
+    trained = {tuple(row) for step in range(20) for row in task.batch(500, 0, step)[0][:, :8].tolist()}
+    assert len(trained) > 8000 and not trained & (sets["val"] | sets["test"])
 
 
 def test_the_split_rule_is_fixed_symmetric_and_independent_of_digits():

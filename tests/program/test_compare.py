@@ -7,22 +7,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from svmini import GPT, METHODS, adapt, load_adapter
-from svmini.errors import InputError
+from helpers import (CPU, Toy, all_tensors, assert_close, image_task, refused, same, score, timeless, tiny_gpt,
+                     tiny_vit, train_config, walk)
+from svmini import GPT, METHODS, adapt, files, load_adapter
 from svmini.methods.lora import LoRA
 from svmini.model_file import load_model
 from svmini.training import compare
-from svmini.training.loop import Diverged, Stopped
-from toy import (CPU, Toy, assert_same_folder, image_task, interrupt_at, same, timeless, tiny_gpt, tiny_vit, token_loss,
-                 train_config, walk)
+from svmini.training.loop import Diverged
 
 CONFIG = train_config(steps=6)
 SWEEP = {"steps": 6, "batch_size": 4, "seed": 3}   # CONFIG without its learning rate
 
 
-def run(spec, out, task=None, base=None, **changes):
-    more = {key: changes.pop(key) for key in ("resume", "eval_every", "metadata", "base_metadata") if key in changes}
-    return compare.run(spec, base or tiny_gpt(0.2), task or Toy(), replace(CONFIG, **changes), CPU, out, **more)
+def run(spec, out, task=None, base=None, device_config=CPU, **changes):
+    config = replace(CONFIG, **{key: changes.pop(key) for key in list(changes) if hasattr(CONFIG, key)})
+    return compare.run(spec, base or tiny_gpt(0.2), task or Toy(), config, device_config, out, **changes)
 
 
 # ---- which specs, at which learning rates ----
@@ -34,91 +33,71 @@ def test_learning_rates_are_looked_up_before_targets_are_written_into_the_spec()
     assert planned == {"full": 0.25, "lora:rank=2@query,value": 0.5, "lora:rank=2@up": LoRA.lr,
                        "svfit@query,value": METHODS["svfit"].lr, "svft:pattern=plain@query,value": METHODS["svft"].lr}
     assert compare.plan(["lora:init=kaiming,rank=2"], model, None, tuned) == {"lora:init=kaiming,rank=2": 0.5}
-    assert compare.plan(["full", "lora:rank=2"], model, None, tuned, lr=3.0) == {"full": 3.0, "lora:rank=2": 3.0}
-
-
-def test_head_lr_is_the_learning_rate_of_the_linear_probe():
     specs, tuned = ["head", "full"], {"head": 0.5, "full": 0.25}
-    assert compare.plan(specs, tiny_vit(), None, tuned) == tuned
-    assert compare.plan(specs, tiny_vit(), None, tuned, head_lr=2.0) == {"head": 2.0, "full": 0.25}
-    assert compare.plan(specs, tiny_vit(), None, tuned, lr=3.0, head_lr=2.0) == {"head": 2.0, "full": 3.0}
+    for given, expected in (({}, tuned), ({"head_lr": 2.0}, {"head": 2.0, "full": 0.25}),
+                            ({"lr": 3.0, "head_lr": 2.0}, {"head": 2.0, "full": 3.0})):
+        assert compare.plan(specs, tiny_vit(), None, tuned, **given) == expected
 
 
 @pytest.mark.parametrize("targets, specs, left", [
-    (None, ["lora:rank=8", "lora", "lora:alpha=None,rank=8", "lora:rank=4"], ["lora:rank=8", "lora:rank=4"]),
-    (None, ["svft@up,down", "svft@down,up", "svft@up"], ["svft@up,down", "svft@up"]),
-    (None, ["svft", "svft@query,key,value,out,up,down"], ["svft"]),
-    (("query",), ["svft", "svft@query", "svft:off_diagonals=2"], ["svft@query"]),
-    (None, ["full", "svft:pattern=plain", "full", "svfit"], ["full", "svft:pattern=plain", "svfit"])])
+    (None, ["lora:rank=8", "lora", "full", "lora:alpha=None,rank=8", "lora:rank=4", "full"],
+     ["lora:rank=8", "full", "lora:rank=4"]),
+    (None, ["svft@up,down", "svft@down,up", "svft", "svft@query,key,value,out,up,down"], ["svft@up,down", "svft"]),
+    (("query",), ["svft", "svft@query", "svft:off_diagonals=2"], ["svft@query"])])
 def test_equal_methods_run_once(targets, specs, left):
     assert list(compare.plan(specs, tiny_gpt(), targets, {})) == left
 
 
-@pytest.mark.parametrize("spec, targets, message", [
-    ("svfit:rank=99", None, "svfit does not fit blocks.0.attention.query"), ("head", None, "no head"),
-    ("svft@valeu", None, "'valeu' matches no layer"), ("svft", ("quer",), "'quer' matches no layer"),
-    ("svtf", None, "no method 'svtf'")])
-def test_a_spec_that_does_not_fit_is_refused(spec, targets, message):
-    with pytest.raises(InputError, match=message):
-        compare.plan(["full", spec], tiny_gpt(), targets, {})
+def test_a_spec_that_does_not_fit_is_refused():
+    for spec, targets, message in (("svfit:rank=99", None, "svfit does not fit blocks.0.attention.query"),
+                                   ("head", None, "no head"), ("svft", ("quer",), "'quer' matches no layer")):
+        with refused(message):
+            compare.plan(["full", spec], tiny_gpt(), targets, {})
 
 
 def test_a_run_names_the_adapted_and_the_frozen_layers():
     model = tiny_gpt()                                       # one block, and a tied head, which is no layer
     assert compare.describe_targets(model, None) == ("adapted layers: query, key, value, out, up, down (6 in total), "
                                                      "unless a method spec names its own targets")
-    model.blocks[0].mlp.gate = torch.nn.Linear(8, 32)
-    assert compare.describe_targets(model, None).endswith("; frozen: gate")
-    assert compare.describe_targets(model, ("up",)).endswith("; frozen: down, gate, key, out, query, value")
+    assert compare.describe_targets(model, ("up",)).endswith("; frozen: down, key, out, query, value")
     assert "frozen" not in compare.describe_targets(tiny_vit(), None), "the head of a ViT is trained"
 
 
 class Picky(LoRA):
-    examples = ("rank=8", "rank=1@query", "rank=9")
-
-    @staticmethod
-    def check(d_out, d_in, *, rank=8, alpha=None, init="kaiming"):
-        if rank > 8:
-            raise ValueError("rank is too much")
+    examples = ("rank=8", "rank=1@query", "rank=9")   # too large for tiny_gpt
 
 
 def test_all_means_the_main_specs_and_every_example_that_fits(monkeypatch, capsys):
     monkeypatch.setitem(METHODS, "picky", Picky)
     specs = compare.all_specs(["full", "lora:rank=8", "vera:rank=99999999"], tiny_gpt(), None)
     assert specs[:2] == ["full", "lora:rank=8"] and {"svfit", "picky:rank=8", "picky:rank=1@query"} <= set(specs)
-    printed = capsys.readouterr().out.splitlines()
-    why = "skipped: picky:rank=9: picky does not fit blocks.0.attention.query (8x8): rank is too much"
-    assert "picky:rank=9" not in specs and any(line.startswith(why) for line in printed)
-    examples = {f"{m}:{e}".rstrip(":") for m, cls in METHODS.items() for e in cls.examples}
-    skipped = {line.split(": ")[1] for line in printed}
+    printed = capsys.readouterr().out
+    assert "skipped: picky:rank=9: picky does not fit blocks.0.attention.query (8x8): rank must be" in printed
+    skipped = {line.split(": ")[1] for line in printed.splitlines()}
     meant = {compare.check_spec(spec, tiny_gpt(), None) for spec in specs}
     assert len(meant) == len(specs), "each once"
-    assert all(spec in skipped or compare.check_spec(spec, tiny_gpt(), None) in meant for spec in examples)
-    compare.all_specs([], tiny_gpt(), ("up",))
-    assert "skipped: picky:rank=9: picky does not fit blocks.0.mlp.up" in capsys.readouterr().out
+    examples = {f"{m}:{e}".rstrip(":") for m, cls in METHODS.items() for e in cls.examples}
+    assert all(compare.check_spec(spec, tiny_gpt(), None) in meant for spec in examples - skipped)
 
 
 # ---- one run ----
 
 def test_a_run_returns_its_row_and_writes_what_it_tested(tmp_path):
     base = tiny_gpt(0.2)
-    start = {k: v.clone() for k, v in base.state_dict().items()}
     row = run("lora:rank=2@query,up", tmp_path, base=base, metadata={"data": "walk"}, eval_every=4)
     folder = tmp_path / "runs" / "lora_rank=2_query,up-seed3"
     assert {p.name for p in folder.iterdir()} == {"adapter.pt", "metrics.jsonl", "row.json"}
-    size = sum(p.numel() for p in base.parameters())
-    assert {k: v for k, v in row.items() if k not in ("seconds", "ms_per_step", "metric")} == {
-        "method": "lora:rank=2@query,up", "trainable_params": 2 * 16 + 2 * 40, "head_params": 0,
-        "trainable_percent": 100 * 112 / size, "metric_name": "loss", "higher_is_better": False, "gap_recovered": None,
-        "peak_mb": None, "seed": 3, "lr": 1e-2, "adapter_bytes": (folder / "adapter.pt").stat().st_size,
-        "sample": ["shown"]}
+    assert timeless(row) | {"metric": 0} == {
+        "metric": 0, "method": "lora:rank=2@query,up", "trainable_params": 2 * 16 + 2 * 40, "head_params": 0,
+        "trainable_percent": 100 * 112 / sum(p.numel() for p in base.parameters()), "metric_name": "loss",
+        "higher_is_better": False, "gap_recovered": None, "peak_mb": None, "seed": 3, "lr": 1e-2,
+        "adapter_bytes": (folder / "adapter.pt").stat().st_size, "sample": ["shown"]}
     assert row["seconds"] > 0 and row["ms_per_step"] > 0
     assert json.loads((folder / "row.json").read_text())["row"] == row
-    assert same(dict(base.state_dict()), start), "the base model stays as it was"
-    assert not any(p.requires_grad != q.requires_grad for p, q in zip(base.parameters(), tiny_gpt().parameters()))
+    assert same(all_tensors(base), all_tensors(tiny_gpt())) and not hasattr(base, "adaptation")
     again = load_adapter(tiny_gpt(0.2), folder / "adapter.pt").eval()
-    assert token_loss(again, *walk(16, "test", 0)).item() == row["metric"]
-    assert torch.load(folder / "adapter.pt", weights_only=True)["content"]["metadata"] == {"data": "walk"}
+    assert score(again, "test")["metric"] == row["metric"]
+    assert files.load(folder / "adapter.pt", "adapter")["metadata"] == {"data": "walk"}
 
 
 def test_full_fine_tuning_writes_a_model_that_can_be_a_base_again(tmp_path):
@@ -126,47 +105,34 @@ def test_full_fine_tuning_writes_a_model_that_can_be_a_base_again(tmp_path):
     row = run("full", tmp_path, metadata={"data": "walk"}, base_metadata=of_base)
     model, metadata = load_model(tmp_path / "runs" / "full-seed3" / "model.pt", GPT)
     assert metadata == {"tokenizer": ["00"], "published": True, "data": "walk"}
-    assert token_loss(model.eval(), *walk(16, "test", 0)).item() == row["metric"]
-    assert row["trainable_percent"] == 100 and row["head_params"] == 0
+    assert row["trainable_percent"] == 100 and row["metric"] == score(model.eval(), "test")["metric"]
 
 
 def test_trainable_percent_is_of_the_base_without_its_head():
     base = tiny_vit()
     size = sum(p.numel() for n, p in base.named_parameters() if not n.startswith("head."))
     row = compare.empty_row("x", Toy(), 3, 0.1, {"adapter": 1000, "head": 27}, base)
-    assert row["trainable_percent"] == 100 * 1000 / size
-    assert (row["trainable_params"], row["head_params"]) == (1000, 27)
+    assert (row["trainable_percent"], row["head_params"]) == (100 * 1000 / size, 27)
 
 
 def test_the_zero_shot_row_is_the_base_model_itself():
-    base = tiny_gpt(0.5)
-    row = compare.zero_shot_row(base, Toy(), 3, CPU)
-    expected = {"method": "zero-shot", "lr": None, "seed": 3, "trainable_params": 0, "trainable_percent": 0,
-                "sample": ["shown"], "metric": token_loss(base.eval(), *walk(16, "test", 0)).item()}
-    assert expected.items() <= row.items()
+    row = compare.zero_shot_row(base := tiny_gpt(0.5), Toy(), 3, CPU)
+    expected = {"method": "zero-shot", "lr": None, "trainable_params": 0, "trainable_percent": 0}
+    assert (expected | {"metric": score(base.eval(), "test")["metric"]}).items() <= row.items()
 
 
 def test_the_seed_determines_the_batches_and_the_initialization_of_lora(tmp_path):
-    starts, keys = {}, []
-
-    def batch(size, seed, step):
-        keys.append((seed, step))
-        return walk(size, seed, step)
-
-    def look(model, split):
-        starts.setdefault(split, []).append(model.blocks[0].attention.query.A.detach().clone())
-        return {"loss": None, "metric": 1.0}
-
-    task = Toy(batch=batch, evaluate=look)
+    keys, starts = [], []
+    task = Toy(batch=lambda size, seed, step: keys.append(seed) or walk(size, seed, step), evaluate=lambda m, split: (
+        starts.append(m.blocks[0].attention.query.A.detach().clone()), {"loss": None, "metric": 1.0})[1])
     for seed in (0, 1, 0):
         run("lora:rank=2", tmp_path, task, steps=1, lr=1e-12, seed=seed)
         torch.randn(3)   # what another method draws in between
-    a, b, again = starts["test"]
-    assert torch.equal(a, again) and (a - b).abs().max() > 0.01
-    assert keys == [(0, 0), (1, 0), (0, 0)]
-    base = tiny_gpt()
+    assert keys == [0, 1, 0]
+    (a, b, again), base = starts[1::2], tiny_gpt()
     torch.manual_seed(1)   # the seed is set immediately before the copy is adapted
-    assert torch.allclose(adapt(base, "lora", rank=2).blocks[0].attention.query.A, b, atol=1e-6)
+    assert_close(b, adapt(base, "lora", rank=2).blocks[0].attention.query.A)
+    assert torch.equal(a, again) and (a - b).abs().max() > 0.01
 
 
 def test_the_linear_probe_uses_its_learning_rate_as_head_lr_also_in_a_sweep(tmp_path, monkeypatch):
@@ -199,41 +165,12 @@ def test_a_bug_in_a_method_keeps_its_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(LoRA, "forward", forward)
     for work in (lambda: run("lora:rank=2", tmp_path),
                  lambda: compare.lr_sweep({"lora:rank=2": 1.0}, tiny_gpt(), Toy(), SWEEP, CPU, tmp_path, 1)):
-        with pytest.raises(ValueError, match="a student's bug") as caught:
+        with pytest.raises(ValueError) as caught:
             work()
-        assert not isinstance(caught.value, InputError)
+        assert type(caught.value) is ValueError
 
 
 # ---- kept, resumed, refused ----
-
-def test_a_comparison_resumes_where_it_stopped(tmp_path, monkeypatch):
-    jobs = [(spec, seed) for seed in (0, 1) for spec in ("full", "svft", "lora:rank=2")]
-    expected = [run(spec, tmp_path / "uninterrupted", seed=seed) for spec, seed in jobs]
-    started, train = [], compare.train
-    monkeypatch.setattr(compare, "train", lambda *a: started.append((a[5], a[2].seed)) or train(*a))
-    with pytest.raises(Stopped):
-        for i, (spec, seed) in enumerate(jobs):
-            run(spec, tmp_path / "cut", interrupt_at(3) if i == 4 else None, seed=seed)
-    assert started == jobs[:5]
-    del started[:]
-    rows = [run(spec, tmp_path / "cut", seed=seed, resume=True) for spec, seed in jobs]
-    assert started == jobs[4:]
-    assert list(map(timeless, rows)) == list(map(timeless, expected))
-    assert_same_folder(tmp_path / "uninterrupted", tmp_path / "cut")
-    del started[:]
-    run("full", tmp_path / "cut", seed=0)
-    assert started == [("full", 0)], "without --resume, a run starts again"
-
-
-OTHERS = [   # changes that make a row unusable, and what the error says
-    *(({key: value}, f"{key} was") for key, value in (
-        ("steps", 5), ("lr", 0.5), ("batch_size", 3), ("head_lr", 0.5), ("warmup_ratio", 0.5), ("schedule", "cosine"),
-        ("weight_decay", 0.5), ("betas", (0.5, 0.5)), ("grad_clip", 0.5), ("grad_accum_steps", 2))),
-    ({"task": {"data": "other"}}, "data was 'walk' and is 'other'"), ({"spec": "svft"}, "method was"),
-    ({"base": (0.2, 8)}, "base was"), ({"base": (0.1, 0)}, "model.dropout was"),
-    ({"device_config": replace(CPU, dtype=torch.bfloat16)}, "dtype was 'torch.float32'"),
-    ({"spec": "svfit:rank=3"}, "options.rank was"), ({"spec": "svfit@query"}, "targets was")]
-
 
 def test_a_row_with_another_run_config_is_refused_and_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "run_path", lambda out, spec, seed: tmp_path / "one")
@@ -241,33 +178,27 @@ def test_a_row_with_another_run_config_is_refused_and_kept(tmp_path, monkeypatch
     before = (tmp_path / "one" / "row.json").read_bytes()
     monkeypatch.setattr(compare, "train", lambda *a: pytest.fail("training started"))
     assert run("svfit", tmp_path, resume=True)["method"] == "svfit"
-    for change, message in OTHERS:
-        now = {"spec": "svfit", "base": (0.2, 0), "task": {"data": "walk"}, "device_config": CPU} | change
-        config = replace(CONFIG, **{k: now.pop(k) for k in list(now) if hasattr(CONFIG, k)})
-        with pytest.raises(InputError, match="row.json was made with another run config") as caught:
-            compare.run(now["spec"], tiny_gpt(*now["base"]), Toy(data_config=now["task"]), config, now["device_config"],
-                        tmp_path, resume=True)
-        assert message in str(caught.value) and (tmp_path / "one" / "row.json").read_bytes() == before
+    for message, change in (
+            ("steps was", {"steps": 5}), ("head_lr was", {"head_lr": 0.5}), ("betas was", {"betas": (0.5, 0.5)}),
+            ("data was 'walk' and is 'other'", {"task": Toy(data_config={"data": "other"})}),
+            ("base was", {"base": tiny_gpt(0.2, seed=8)}), ("model.dropout was", {"base": tiny_gpt(0.1)}),
+            ("dtype was 'torch.float32'", {"device_config": replace(CPU, dtype=torch.bfloat16)}),
+            ("method was", {"spec": "svft"}), ("options.rank was", {"spec": "svfit:rank=3"}),
+            ("targets was", {"spec": "svfit@query"})):
+        with refused("row.json was made with another run config", message):
+            run(**{"spec": "svfit", "out": tmp_path, "resume": True} | change)
+        assert (tmp_path / "one" / "row.json").read_bytes() == before
 
 
 def test_a_new_comparison_deletes_what_an_earlier_one_left(tmp_path):
-    run("svfit", tmp_path)
-    run("full", tmp_path, seed=4)
-    run("svft", tmp_path)
+    for name in ("svfit-seed3", "full-seed4", "svft-seed3"):
+        for file in ("row.json", "adapter.pt"):
+            files.write_text(tmp_path / "runs" / name / file, "old")
     compare.delete_runs(["svfit", "full"], range(3, 10**12), tmp_path)
-    assert {p.parent.name for p in tmp_path.rglob("row.json")} == {"svft-seed3"}
-    assert {p.parent.name for p in tmp_path.rglob("*.pt")} == {"svft-seed3"}
+    assert [p.parent.name for p in tmp_path.rglob("*.*")] == ["svft-seed3"] * 2
 
 
 # ---- learning-rate sweep ----
-
-def by_learning_rate(val, test, higher=False):
-    """Return a task whose scores depend on the learning rate, as a power of two times 0.1."""
-    def evaluate(model, split):
-        return {"loss": None, "metric": float((val if split == "val" else test)[round(math.log2(model.lr / 0.1))])}
-
-    return Toy(evaluate=evaluate, higher_is_better=higher)
-
 
 @pytest.fixture
 def tried(monkeypatch):
@@ -284,28 +215,25 @@ def tried(monkeypatch):
 
 
 @pytest.mark.parametrize("higher, val, best", [
-    (False, {-1: 3, 0: 1, 1: 2}, 0.1), (True, {-1: 3, 0: 1, 1: 2}, 0.05), (False, {-1: 2, 0: 3, 1: 1}, 0.2),
-    (True, {-1: 1, 0: 3, 1: 3}, 0.1), (False, {-1: 1, 0: 1, 1: 1}, 0.05)])
+    (False, {-1: 2, 0: 3, 1: 1}, 0.2), (True, {-1: 1, 0: 3, 1: 3}, 0.1), (False, {-1: 1, 0: 1, 1: 1}, 0.05)])
 def test_the_learning_rate_is_chosen_on_validation_data(tmp_path, tried, higher, val, best):
     """The test split says the opposite. Of equal scores, the smaller learning rate wins."""
-    opposite = {exponent: -value for exponent, value in val.items()}
-    task = by_learning_rate(val, opposite, higher)
+    def evaluate(model, split):
+        value = val[round(math.log2(model.lr / 0.1))]
+        return {"loss": None, "metric": float(value if split == "val" else -value)}
+
+    task = Toy(evaluate=evaluate, higher_is_better=higher)
     found = compare.lr_sweep({"svfit": 0.1}, tiny_gpt(), task, SWEEP, CPU, tmp_path, 3)
     assert found == {"svfit": {"lr": [0.05, 0.1, 0.2], "val": [val[-1], val[0], val[1]], "best": best}}
     assert [lr for _, lr in tried] == [0.05, 0.1, 0.2], "a factor of 2 to each side"
     assert not (tmp_path / "runs").exists(), "a sweep keeps no runs"
 
 
-def test_a_learning_rate_that_diverges_is_never_chosen(tmp_path):
-    found = compare.lr_sweep({"svfit": 1e-2, "full": 1e30}, tiny_gpt(), Toy(), SWEEP | {"steps": 12}, CPU, tmp_path, 1)
-    assert found["full"] == {"lr": [1e30], "val": [None], "best": None}
-    assert found["svfit"]["best"] == 1e-2 and math.isfinite(found["svfit"]["val"][0])
-
-
-def test_a_sweep_depends_on_its_seed_and_not_on_earlier_runs(tmp_path):
-    one, other = (compare.lr_sweep({spec: 0.1 for spec in specs}, tiny_gpt(0.2), Toy(), SWEEP, CPU, tmp_path, 2)
-                  for specs in (["svfit", "lora:rank=2"], ["lora:rank=2"]))
-    assert one["lora:rank=2"] == other["lora:rank=2"]
+def test_a_sweep_depends_on_its_seed_alone_and_never_chooses_a_learning_rate_that_diverges(tmp_path):
+    one, other = (compare.lr_sweep(rates, tiny_gpt(0.2), Toy(), SWEEP | {"steps": 12}, CPU, tmp_path, 1)
+                  for rates in ({"full": 1e30, "lora:rank=2": 0.1}, {"lora:rank=2": 0.1}))
+    assert one["full"] == {"lr": [1e30], "val": [None], "best": None}
+    assert one["lora:rank=2"] == other["lora:rank=2"] and one["lora:rank=2"]["best"] == 0.1
 
 
 def sweep_toy(out, specs, resume, n=3, **changes):
@@ -314,27 +242,23 @@ def sweep_toy(out, specs, resume, n=3, **changes):
 
 
 def test_a_resumed_sweep_continues_and_shows_the_methods_that_were_asked_for(tmp_path, tried):
-    found = sweep_toy(tmp_path, ["svfit", "full"], False)
-    del tried[:]
-    resumed = sweep_toy(tmp_path, ["svfit", "full", "lora:rank=2"], True)
-    assert [spec for spec, _ in tried] == [f"lora:rank=2 lr {lr}" for lr in (0.05, 0.1, 0.2)]
-    assert {spec: resumed[spec] for spec in found} == found
-    del tried[:]
+    found = sweep_toy(tmp_path, ["svfit"], False)
+    more = sweep_toy(tmp_path, ["svfit", "lora:rank=2"], True)
+    assert [spec for spec, _ in tried[3:]] == [f"lora:rank=2 lr {lr}" for lr in (0.05, 0.1, 0.2)]
+    assert more == found | {"lora:rank=2": more["lora:rank=2"]}
     fewer = sweep_toy(tmp_path, ["svfit"], True)
-    assert fewer == {"svfit": found["svfit"]} == json.loads((tmp_path / "lr_sweep.json").read_text())["found"]
-    assert sweep_toy(tmp_path, ["svfit", "full"], True) == found and not tried, "no score is lost"
+    assert fewer == found == json.loads((tmp_path / "lr_sweep.json").read_text())["found"]
+    assert sweep_toy(tmp_path, ["svfit", "lora:rank=2"], True) == more and len(tried) == 6, "no score is lost"
 
 
 def test_a_sweep_with_another_number_or_run_config_or_a_damaged_file_is_refused(tmp_path, tried):
     sweep_toy(tmp_path, ["svfit"], False)
-    with pytest.raises(InputError, match="lr_sweep.json was made with another run config: lr_sweep was 3 and is 5"):
-        sweep_toy(tmp_path, ["svfit"], True, n=5)
-    with pytest.raises(InputError, match="lr_sweep.json was made with another run config: schedule was 'linear'"):
-        sweep_toy(tmp_path, ["svfit"], True, schedule="cosine")
-    for text in ("{", "[]", "{}", '{"run_config": {}, "scores": 3}', ""):
-        (tmp_path / "lr_sweep.json").write_text(text)
-        with pytest.raises(InputError, match="lr_sweep.json is damaged"):
-            sweep_toy(tmp_path, ["svfit"], True)
-    with pytest.raises(InputError):
+    for changes, different in (({"n": 5}, "lr_sweep was 3 and is 5"), ({"schedule": "cosine"}, "schedule was")):
+        with refused(f"lr_sweep.json was made with another run config: {different}"):
+            sweep_toy(tmp_path, ["svfit"], True, **changes)
+    (tmp_path / "lr_sweep.json").write_text('{"run_config": {}, "scores": 3}')
+    with refused("lr_sweep.json is damaged"):
+        sweep_toy(tmp_path, ["svfit"], True)
+    with refused("rank"):
         sweep_toy(tmp_path, ["svfit:rank=99"], False)
     assert not (tmp_path / "lr_sweep.json").exists(), "a new sweep deletes the file, so a later --resume cannot find it"

@@ -144,10 +144,3 @@ def test_every_command_of_a_script_is_accepted(script, tmp_path, capsys):
             assert all(flag in known for flag in argv if flag.startswith("--")), argv
         else:
             assert (ROOT / program).is_file()
-
-
-def test_every_run_names_a_script_that_exists():
-    names = {row["command"] for path in DOCS.glob("data/*.csv") for row in lines_of(path.name) if row.get("command")}
-    assert names >= {"docs/reproduce/glyphs.sh", "docs/reproduce/cost.sh"}
-    for name in names:
-        assert (ROOT / name.split()[0]).is_file() or (ROOT / name.split()[1]).is_file(), name

@@ -29,8 +29,8 @@ def run_line(base, seed, method, metric):
 
 def test_a_comparison_averages_seeds_and_pairs_bases():
     runs = [run_line(base, seed, method, metric) for base, seed, method, metric in [
-        (0, 0, "full", 70), (0, 1, "full", 72), (1, 2, "full", 80), (1, 3, "full", 80), (2, 4, "full", 90), (2, 4, "head", 10),
-        (0, 0, "head", 50), (0, 1, "head", 50), (1, 2, "head", 57), (1, 3, "head", 57)]]
+        (0, 0, "full", 70), (0, 1, "full", 72), (1, 2, "full", 80), (1, 3, "full", 80), (2, 4, "full", 90),
+        (2, 4, "head", 10), (0, 0, "head", 50), (0, 1, "head", 50), (1, 2, "head", 57), (1, 3, "head", 57)]]
     found = evidence.compare(runs, "glyphs", "full", "head")
     assert (found["n"], found["mean"]) == (2, pytest.approx(22))          # 21 and 23; base 2 has one seed
     assert found["deviation"] == pytest.approx(2 ** 0.5)

@@ -1,8 +1,6 @@
 """Files are written completely or not at all, and checked when they are read."""
 
-import errno
 import hashlib
-import io
 import os
 import stat
 from collections import OrderedDict, defaultdict
@@ -11,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import refused
 from svmini import files
-from svmini.errors import InputError, MissingFile
+from svmini.errors import MissingFile
 
 
 def names(folder):
@@ -22,28 +21,18 @@ def names(folder):
 # ---------------------------------------------------------------- completely or not at all
 
 
-@pytest.mark.parametrize("point", ["write", "fsync", "replace", "interrupt"])
-@pytest.mark.parametrize("before", [b"the former content", None], ids=["replaced", "new"])
-def test_a_crash_leaves_the_former_file(tmp_path, monkeypatch, point, before):
+@pytest.mark.parametrize("point", ["write", "fsync", "replace"])
+def test_a_crash_leaves_the_former_file(tmp_path, monkeypatch, point):
     def fail(*arguments):
-        raise KeyboardInterrupt if point == "interrupt" else OSError(errno.ENOSPC, "No space left on device")
+        raise KeyboardInterrupt
 
-    def write(file):
-        file.write(b"half")
-        if point in ("write", "interrupt"):
-            fail()
-
-    path = tmp_path / "result.json"
-    if before is not None:
-        path.write_bytes(before)
-    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, OSError)):
-        if point in ("fsync", "replace"):
-            patch.setattr(os, point, fail)
-        files.write_whole(path, write)
-    assert names(tmp_path) == ([] if before is None else ["result.json"])
-    assert before is None or path.read_bytes() == before
-    files.write_whole(path, lambda file: file.write(b"new content"))
-    assert path.read_bytes() == b"new content" and names(tmp_path) == ["result.json"]
+    (tmp_path / "old").write_bytes(b"the former content")
+    if point != "write":
+        monkeypatch.setattr(os, point, fail)
+    for name in ("old", "new"):
+        with pytest.raises(KeyboardInterrupt):
+            files.write_whole(tmp_path / name, lambda file: file.write(b"half") and point == "write" and fail())
+    assert names(tmp_path) == ["old"] and (tmp_path / "old").read_bytes() == b"the former content"
 
 
 def test_the_bytes_are_on_the_disk_before_the_name(tmp_path, monkeypatch):
@@ -77,24 +66,22 @@ def test_any_name_that_the_system_allows_is_allowed(tmp_path):
 
 
 def test_what_is_not_the_expected_file_is_rejected(tmp_path):
-    path, buffer = tmp_path / "file.pt", io.BytesIO()
+    path = tmp_path / "file.pt"
     files.save(path, "run", {"x": 1})
-    files.save(buffer, "run", {"x": 1})
-    for file, name in ((path, "file.pt"), (io.BytesIO(buffer.getvalue()), "<_io.BytesIO object.*>")):
-        with pytest.raises(InputError, match=f"{name} holds an svmini run, not an svmini model"):
-            files.load(file, "model")
+    with refused("file.pt holds an svmini run, not an svmini model"):
+        files.load(path, "model")
     torch.save({"kind": "svmini adapter", "format": 1, "content": {}, "sha256": files.sha256_of({})}, path)
-    with pytest.raises(InputError, match=f"file.pt has format 1, but this svmini reads format {files.FORMAT}"):
+    with refused(f"file.pt has format 1, but this svmini reads format {files.FORMAT}"):
         files.load(path, "adapter")
-    for content in ({"weight": torch.ones(2)}, [1, 2], None, {"kind": torch.zeros(3, 3)}):
+    for content in ({"weight": torch.ones(2)}, [1, 2], {"kind": torch.zeros(3, 3)}):
         torch.save(content, path)
-        with pytest.raises(InputError, match=r"^.*file.pt holds .*not an svmini model$"):
+        with refused("file.pt holds ", "not an svmini model"):
             files.load(path, "model")
     files.save(path, "model", {"x": torch.arange(5000)})
     content = path.read_bytes()
-    for content in (b"", b"a text file\n", bytes(1000), content[:3000], content[:-9], content[:999] + content[1000:]):
+    for content in (b"", b"a text file\n", content[:-9], content[:999] + content[1000:]):
         path.write_bytes(content)
-        with pytest.raises(InputError, match=r"^.*file.pt is not a readable svmini model.*$"):
+        with refused("file.pt is not a readable svmini model"):
             files.load(path, "model")
     for missing in (tmp_path / "none.pt", tmp_path):
         with pytest.raises(MissingFile, match="there is no model at"):
@@ -108,7 +95,7 @@ def test_code_in_a_file_is_not_run(tmp_path):
             return os.mkdir, (str(tmp_path / "made by the file"),)
 
     torch.save({"kind": "svmini model", "format": files.FORMAT, "x": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(InputError, match="not a readable svmini model"):
+    with refused("not a readable svmini model"):
         files.load(tmp_path / "evil.pt", "model")
     assert names(tmp_path) == ["evil.pt"]
 
@@ -116,12 +103,12 @@ def test_code_in_a_file_is_not_run(tmp_path):
 def test_a_changed_file_is_rejected(tmp_path):
     path = tmp_path / "x.pt"
     for change in (lambda f: f["content"]["x"].add_(1), lambda f: f["content"].update(step=2),
-                   lambda f: f.pop("sha256"), lambda f: f["content"].pop("step"), lambda f: f.update(content=None)):
+                   lambda f: f.pop("sha256"), lambda f: f["content"].pop("step")):
         files.save(path, "run", {"x": torch.ones(3), "step": 1})
         file = torch.load(path, weights_only=True)
         change(file)
         torch.save(file, path)
-        with pytest.raises(InputError, match="x.pt is damaged: its SHA-256"):
+        with refused("x.pt is damaged: its SHA-256"):
             files.load(path, "run")
 
 
@@ -130,18 +117,16 @@ def test_the_checksum_differs_for_different_values():
     different = [a, a + 1, a.float(), a[:3], a[None], [a], [[a]], (a, 1), {"a": a}, {"b": a}, {"a": a, "b": 1},
                  {"b": 1, "a": a}, torch.zeros(0), torch.zeros(0, 2), None, True, 1, 1.0, "1", "", [], {}, "None",
                  [1, 23], [12, 3], [[1], 23], -0.0, 0.0, float("nan")]
-    sums = [files.sha256_of(value) for value in different]
-    assert len(set(sums)) == len(sums) and all(len(s) == 64 for s in sums)
+    assert len(set(map(files.sha256_of, different))) == len(different)
     assert files.sha256_of(a, a) != files.sha256_of(a) == files.sha256_of(torch.arange(6)[:4])   # a slice, not its base
     assert files.sha256_of(a.view(2, 2).t()) == files.sha256_of(torch.tensor([[0, 2], [1, 3]]))
     assert files.sha256_of(OrderedDict(a=[1, 2])) == files.sha256_of({"a": (1, 2)})   # torch.load may return the other
     # it is written into results and files, so another version must not change it
-    expected = hashlib.sha256(b"\0\1\2\3torch.uint8 (4,)\n").hexdigest()
-    assert files.sha256_of(a.to(torch.uint8)) == expected
+    assert files.sha256_of(a.to(torch.uint8)) == hashlib.sha256(b"\0\1\2\3torch.uint8 (4,)\n").hexdigest()
 
 
-@pytest.mark.parametrize("value", (np.float64(1), np.ones(2), {1}, torch.float32, defaultdict(int)), ids=str)
-def test_what_could_not_be_read_again_is_not_written(tmp_path, value):
-    with pytest.raises(InputError, match="tensors and plain values"):
-        files.save(tmp_path / "x.pt", "run", {"deep": [{"x": value}]})
+def test_what_could_not_be_read_again_is_not_written(tmp_path):
+    for value in (np.float64(1), np.ones(2), {1}, torch.float32, defaultdict(int)):
+        with refused("tensors and plain values"):
+            files.save(tmp_path / "x.pt", "run", {"deep": [{"x": value}]})
     assert names(tmp_path) == []

@@ -1,20 +1,18 @@
 """Images in files: which folders are splits and classes, which files are copies, and what is read from a file."""
 
-import re
 import shutil
-import struct
-import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image
 
 from fake_datasets import build_tree, noise_images, write_image
+from helpers import refused
 from svmini.data.image_datasets import open_images
 from svmini.data.image_files import read_image
 from svmini.data.images import describe
-from svmini.errors import InputError, MissingFile
+from svmini.errors import InputError
 
 
 def open_folder(path):
@@ -27,25 +25,21 @@ def keys(source, *splits):
 
 # ---- folders of splits and classes ----
 
-@pytest.mark.parametrize("train, test", [("train", "valid"), ("Train", "Test"), ("training", "testing"),
-                                         ("TRAIN", "Val"), ("Training", "validation")])
-def test_split_folders_are_recognized_in_any_case(train, test, tmp_path):
-    build_tree(tmp_path, {train: 4, test: 2})
-    assert describe(open_folder(tmp_path)).endswith(
-        "12 images in train, 4 images in val, 8 images in test; 4 classes: class 0, class 1, class 2, class 3")
+def test_split_folders_are_recognized_in_any_case(tmp_path):
+    for i, (train, test) in enumerate([("train", "valid"), ("Training", "testing"), ("TRAIN", "Val")]):
+        build_tree(tmp_path / str(i), {train: 4, test: 2})
+        assert describe(open_folder(tmp_path / str(i))).endswith(
+            "12 images in train, 4 images in val, 8 images in test; 4 classes: class 0, class 1, class 2, class 3")
 
 
 @pytest.mark.parametrize("change, message", [
     ([("test/class 1", None)], "different class folders in train and test: class 1 is in only one"),
-    ([("test/class 1", "test/Class 1")], "different class folders in train and test: Class 1, class 1 is in only one"),
     ([("test", "Testing"), ("train", "test")], "has the split folders Testing, test: give it one folder train"),
     ([("train/class 1", "Train/a")], "has the split folders Train, train, test: give it one folder train"),
     ([("train", None)], "has the split folders test: give it one folder train"),
     ([("test", "tst")], "train has the folder class 0 inside: put images directly into class folders"),
-    ([("test/class 1", "class 1/test"), ("train", None), ("test", None)], "class 1 has the folder test inside"),
     ([("test/x", ""), ("train/x", "")], "train/x has no images: add images or delete the folder"),
     ([("test/class 1", "one"), ("train", None), ("test", None)], "has the class folders one: it needs at least two"),
-    ([("train", None), ("test", None)], re.escape("has the class folders (none): it needs at least two")),
     ([("train/class 1", "train/CLASS 0")], "class folders CLASS 0, class 0, class 2, class 3: it needs .* case"),
 ])
 def test_a_structure_that_could_mean_something_else_is_rejected(change, message, tmp_path):
@@ -59,19 +53,23 @@ def test_a_structure_that_could_mean_something_else_is_rejected(change, message,
             (tmp_path / old).rename(tmp_path / (new or old))
     with pytest.raises(InputError, match=message):
         open_folder(tmp_path)
-    with pytest.raises(MissingFile, match="no folder .*nowhere"):
-        open_folder(tmp_path / "nowhere")
 
 
 def test_a_class_called_train_is_a_class(tmp_path):
+    with refused(f"no folder {tmp_path / 'nowhere'}"):
+        open_folder(tmp_path / "nowhere")
     build_tree(tmp_path, {"": 15})
     (tmp_path / "class 2").rename(tmp_path / "train")
     assert open_folder(tmp_path).classes == ["class 0", "class 1", "class 3", "train"]
 
 
 def test_hidden_files_are_skipped_and_other_files_are_named(tmp_path, capsys):
-    build_tree(tmp_path, {"train": 4, "test": 2})
+    build_tree(tmp_path / "there", {"train": 4, "test": 2})
+    (tmp_path / "a link ü").symlink_to(tmp_path / "there")
+    tmp_path = tmp_path / "a link ü"
     expected = describe(open_folder(tmp_path))
+    for file in tmp_path.glob("train/class 0/*.jpg"):
+        file.rename(file.with_suffix(".JPG"))
     for name in (".DS_Store", ".ipynb_checkpoints/a.png", "train/class 0/._0.jpg", "train/.git/a.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
@@ -81,18 +79,6 @@ def test_hidden_files_are_skipped_and_other_files_are_named(tmp_path, capsys):
         (tmp_path / name).write_bytes(b"x")
     assert describe(open_folder(tmp_path)) == expected
     assert capsys.readouterr().out == f"{tmp_path}: not used: 4 other files or folders, such as val\n"
-
-
-def test_links_and_names_in_any_case_and_script_are_read(tmp_path):
-    x, y = noise_images(2, 4, 3, 8, 0)
-    for i, (image, label) in enumerate(zip(x, y.tolist())):
-        write_image(tmp_path / "all" / f"{i}.x", image)
-        folder = tmp_path / "links" / ("train", "test")[i % 2] / ("Käse", "猫")[label]
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"ü {i}.PNG").symlink_to(tmp_path / "all" / f"{i}.x")
-    (tmp_path / "here").symlink_to(tmp_path / "links")
-    source = open_folder(tmp_path / "here")
-    assert source.classes == ["Käse", "猫"] and sum(source.sizes.values()) == 8
 
 
 # ---- which images are test images ----
@@ -120,15 +106,11 @@ def test_copies_of_an_image_are_on_one_side_and_counted(tmp_path, capsys):
     assert capsys.readouterr().out.endswith(f"{source.name}: 9 files are copies of other files and are left out\n")
     shutil.rmtree(tmp_path / "train")
     shutil.copytree(tmp_path / "test", tmp_path / "train")
-    with pytest.raises(InputError, match="smallest class, .*, has 0 training images"):
+    with refused("smallest class, ", " has 0 training images"):
         open_folder(tmp_path)
-
-
-def test_copies_with_different_classes_are_rejected(tmp_path):
-    build_tree(tmp_path, {"train": 4, "test": 2})
     file = next(tmp_path.glob("test/class 1/*"))
     shutil.copyfile(file, tmp_path / "train" / "class 3" / "x.jpg")
-    with pytest.raises(InputError, match=f"{file} and .*x.jpg are the same image in two classes: delete one"):
+    with refused(f"{file} and ", "x.jpg are the same image in two classes: delete one"):
         open_folder(tmp_path)
 
 
@@ -136,7 +118,7 @@ def test_every_class_needs_a_test_image(tmp_path):
     build_tree(tmp_path, {"": 15})
     for file in sorted(tmp_path.glob("class 1/*"))[4:]:
         file.unlink()
-    with pytest.raises(InputError, match="has no test image of class 1: add images to these classes"):
+    with refused("has no test image of class 1: add images to these classes"):
         open_folder(tmp_path)
 
 
@@ -148,9 +130,7 @@ RGB = np.array([[[255, 255, 0], [255, 0, 0]], [[0, 255, 0], [0, 0, 0]]], np.uint
 def save(path, kind):
     """Save RGB as a file of some kind; returns what a viewer shows, (16, 16, 3)."""
     image, options, shown = Image.fromarray(RGB), {"lossless": True, "quality": 100}, RGB.copy()
-    if kind == "frames":
-        options |= {"save_all": True, "append_images": [Image.new("RGB", (16, 16), "white")] * 2}
-    elif kind == "orientation":
+    if kind == "orientation":
         options["exif"] = Image.Exif()
         options["exif"][0x112] = 6   # turn by 90 degrees to the right
         shown = np.rot90(RGB, -1)
@@ -161,37 +141,27 @@ def save(path, kind):
         image = image.quantize(4) if path.suffix == ".gif" else image
         options["transparency"] = image.getpixel((15, 15))
         shown[8:, 8:] = 255
-    elif kind == "LAB":
-        spaces = (ImageCms.createProfile(space) for space in ("sRGB", "LAB"))
-        image = ImageCms.applyTransform(image, ImageCms.buildTransform(*spaces, "RGB", "LAB"))
-    elif kind == "1":
-        image = Image.fromarray(RGB[..., 0]).convert("1")
-        shown = RGB[..., :1].repeat(3, 2)
     else:
         image = image.convert(kind)
     image.save(path, **options)
     return shown
 
 
-@pytest.mark.parametrize("kind, endings", [
-    ("frames", "gif webp tif png"), ("orientation", "png webp tif jpg"), ("alpha", "png webp tif"), ("1", "png tif"),
-    ("transparent color", "png gif"), ("CMYK", "jpg tif"), ("P", "png gif"), ("YCbCr", "tif"), ("LAB", "tif")])
+@pytest.mark.parametrize("kind, endings", [("orientation", "png tif jpg"), ("alpha", "png webp tif"),
+                                           ("transparent color", "png gif"), ("CMYK", "jpg tif"), ("P", "png gif")])
 def test_an_image_is_read_as_a_viewer_shows_it(kind, endings, tmp_path):
-    """The first frame or page, turned, on white, in RGB; the corners, because JPEG mixes colors at edges."""
+    """Turned, on white, in RGB; the corners, because JPEG mixes colors at edges."""
     for ending in endings.split():
         shown = save(tmp_path / f"x.{ending}", kind)[::15, ::15].astype(int)
         found = read_image(tmp_path / f"x.{ending}", 16)[:, ::15, ::15].permute(1, 2, 0)
-        assert np.abs(found.numpy() - shown).max() < (20 if kind == "LAB" or ending == "jpg" else 3), ending
+        assert np.abs(found.numpy() - shown).max() < (20 if ending == "jpg" else 3), ending
 
 
-@pytest.mark.parametrize("name", ["x.png", "x.tif", "x.pgm"])
-def test_16_bit_gray_is_scaled_to_8_bits(name, tmp_path):
+def test_16_bit_gray_is_scaled_to_8_bits(tmp_path):
     ramp = np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16)
-    if name == "x.pgm":
-        (tmp_path / name).write_bytes(b"P5 16 16 65535\n" + ramp.astype(">u2").tobytes())
-    else:
+    for name in ("x.png", "x.tif"):
         Image.fromarray(ramp).save(tmp_path / name)
-    assert torch.equal(read_image(tmp_path / name, 16), torch.arange(256).view(1, 16, 16).expand(3, -1, -1))
+        assert torch.equal(read_image(tmp_path / name, 16), torch.arange(256).view(1, 16, 16).expand(3, -1, -1))
 
 
 def test_the_middle_square_is_resized(tmp_path):
@@ -208,23 +178,14 @@ def test_the_middle_square_is_resized(tmp_path):
     assert read_image(tmp_path / "strip", 224).shape == (3, 224, 224), "without 224 x 13,440,000 pixels in between"
 
 
-def png(width, height, *chunks):
-    chunks = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), *chunks, (b"IDAT", b""), (b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(content)) + kind + content +
-                                           struct.pack(">I", zlib.crc32(kind + content)) for kind, content in chunks)
-
-
-@pytest.mark.parametrize("damage", "missing, empty, text, cut, header, bomb, long text, mode F, mode I".split(", "))
+@pytest.mark.parametrize("damage", ["missing", "empty", "text", "cut", "F", "I"])
 def test_a_file_that_cannot_be_read_is_named_in_one_line(damage, tmp_path):
     Image.fromarray(RGB).save(path := tmp_path / "x.png")
     content = path.read_bytes()
-    path.write_bytes({"empty": b"", "text": b"no image", "cut": content[:-30], "header": content[:20],
-                      "bomb": png(30_000, 30_000),
-                      "long text": png(16, 16, (b"zTXt", b"k\0\0" + zlib.compress(bytes(2**21))))}.get(damage, content))
-    if damage.startswith("mode"):
-        Image.fromarray(np.ones((16, 16), {"F": np.float32, "I": np.int32}[damage[-1]])).save(path, format="TIFF")
-    with pytest.raises(InputError) as error:
-        read_image(path if damage != "missing" else tmp_path / "missing", 16)
-    message = str(error.value)
-    assert re.match(rf"{tmp_path}/\S+ cannot be read as an image \(.*\): replace or remove it$", message)
-    assert not damage.startswith("mode") or f"its {damage} has no fixed range" in message
+    path.write_bytes({"empty": b"", "text": b"no image", "cut": content[:-30]}.get(damage, content))
+    if damage in ("F", "I"):
+        Image.fromarray(np.ones((16, 16), {"F": np.float32, "I": np.int32}[damage])).save(path, format="TIFF")
+    name = tmp_path / ("missing" if damage == "missing" else "x.png")
+    with refused(f"{name} cannot be read as an image (", "): replace or remove it",
+                 f"its mode {damage} has no fixed range" if damage in ("F", "I") else ""):
+        read_image(name, 16)

@@ -1,6 +1,6 @@
 """Published weights: svmini computes what the published models compute, converts back exactly, and names what fails."""
 
-import math
+import copy
 from collections import OrderedDict
 from dataclasses import replace
 
@@ -10,18 +10,17 @@ import torchvision
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from published_states import as_hugging_face, gpt2_forward, gpt2_state, timm_state, vit_features
-from tiny_models import SMALL_GPT, SMALL_VIT, gpt, images, perturb, same_tensors, tokens
+from helpers import SMALL_GPT, SMALL_VIT, assert_close, move, noise, refused, same, small_gpt, small_vit, tokens
 from svmini import GPT, ViT, ViTConfig, adapt
-from svmini.errors import InputError
 from svmini.model_file import load_model, save_model
 from svmini.models.published import IMAGENET
 
 HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
 
 
-def torchvision_vit(seed=0, **changes):
+def torchvision_vit(**changes):
     sizes = dict(image_size=12, patch_size=4, num_layers=2, num_heads=3, hidden_dim=12, mlp_dim=20, num_classes=5)
-    return perturb(torchvision.models.VisionTransformer(**sizes | changes), seed)
+    return move(torchvision.models.VisionTransformer(**sizes | changes), 0.3).eval()
 
 
 STATES = {   # a state dict in each format, made when a test asks for it
@@ -41,37 +40,26 @@ def test_gpt_computes_what_gpt2_computes_and_its_weights_convert_back_exactly(tm
     assert model.config == SMALL_GPT and torch.allclose(model(x), gpt2_forward(state, x), atol=1e-11)
     back = model.to_gpt2()
     prefixed = {f"transformer.{k}": v for k, v in state.items()}
-    assert same_tensors(back, prefixed | {"lm_head.weight": state["wte.weight"]})
+    assert same(back, prefixed | {"lm_head.weight": state["wte.weight"]})
     assert all(v.is_contiguous() and not v.requires_grad for v in back.values())
     masks = {f"h.{i}.attn.{kind}": torch.ones(1) for i in range(2) for kind in ("bias", "masked_bias")}
     torch.save(state | masks, tmp_path / "weights.pt")
     for source in (back, str(tmp_path / "weights.pt"), {"model": state}, {"state_dict": state}):
-        assert same_tensors(GPT.from_pretrained(source, n_head=3).state_dict(), model.state_dict())
+        assert same(GPT.from_pretrained(source, n_head=3).state_dict(), model.state_dict())
+    assert model.float().head.weight is model.token_embedding.weight, "tied"
     model.head.weight = torch.nn.Parameter(model.head.weight + 1)
-    with pytest.raises(InputError, match="head.weight differs from token_embedding.weight"):
+    with refused("head.weight differs from token_embedding.weight"):
         model.to_gpt2()
-
-
-def test_the_head_of_a_gpt_is_its_token_embedding():
-    fresh, loaded = gpt(), GPT.from_pretrained(gpt2_state(), n_head=3)
-    for model in (fresh, loaded, fresh.double(), loaded.float()):
-        assert model.head.weight is model.token_embedding.weight
-        block = 12 * 12 * 12 + 13 * 12   # 12 d² in matrices; 9 d in biases, 4 d in LayerNorms
-        assert sum(p.numel() for p in model.parameters()) == 31 * 12 + 10 * 12 + 2 * block + 2 * 12
-    logits = fresh(tokens(1, 4))
-    with torch.no_grad():
-        fresh.token_embedding.weight[7] *= 2
-    assert not torch.allclose(fresh(tokens(1, 4))[..., 7], logits[..., 7])
 
 
 @pytest.mark.parametrize("changes", [{}, dict(image_size=16, patch_size=8, num_heads=2, num_layers=1, mlp_dim=48)])
 def test_vit_computes_what_torchvisions_computes_and_its_weights_convert_back_exactly(changes):
     model = torchvision_vit(**changes)
     ours = ViT.from_pretrained(model.state_dict(), n_head=changes.get("num_heads", 3)).eval()
-    x = images(4, 3, model.image_size, model.image_size)
+    x = noise(4, 3, model.image_size, model.image_size)
     assert model(x).std() > 0.1 and (ours(x) - model(x)).abs().max() < 1e-5
     assert {"mean": ours.config.mean, "std": ours.config.std} == IMAGENET
-    assert same_tensors(ours.to_torchvision(), dict(model.state_dict()))
+    assert same(ours.to_torchvision(), dict(model.state_dict()))
 
 
 @pytest.mark.parametrize("convert, scales, rule, options", [
@@ -83,66 +71,36 @@ def test_vit_computes_what_torchvisions_computes_and_its_weights_convert_back_ex
     (lambda s: as_hugging_face(s, True) | {"embeddings.mask_token": torch.ones(1, 12)}, True, "huggingface", IMAGENET),
     (lambda s: as_hugging_face(s, True, "dinov2."), True, "huggingface", IMAGENET)])
 @pytest.mark.parametrize("classes", [5, 0])
-def test_vit_computes_what_the_published_model_computes(convert, scales, rule, options, classes, tmp_path, capsys):
+def test_vit_computes_what_the_published_model_computes(convert, scales, rule, options, classes, capsys):
     """Compared with a forward pass that is written out. classes=0: without a classifier, the features are compared."""
-    state, x = timm_state(classes=classes, scales=scales), images(4, 3, 12, 12).double()
+    state, x = timm_state(classes=classes, scales=scales), noise(4, 3, 12, 12).double()
     theirs = convert(state)
     model = ViT.from_pretrained(theirs, n_head=2)
     assert model.config == ViTConfig(12, 4, 3, classes or 1, 2, 2, 12, 20, position_interpolation=rule, **options)
-    features, got = vit_features(state, x, eps=model.config.layer_norm_eps), model(x)
+    features = vit_features(state, x, eps=model.config.layer_norm_eps)
     if classes:
         expected = features @ state["head.weight"].T + state["head.bias"]
-        assert (got - expected).abs().max() < 1e-11 and expected.std() > 0.1
+        assert (model(x) - expected).abs().max() < 1e-11 and expected.std() > 0.1
     else:
-        assert not got.any() and got.shape == (4, 1), "a new classifier starts at zero"
-    model.head = torch.nn.Identity()
-    assert (model(x) - features).abs().max() < 1e-11
-    torch.save({"model": theirs, "epoch": 3}, tmp_path / "checkpoint.pth")
-    again = ViT.from_pretrained(tmp_path / "checkpoint.pth", n_head=2)
-    assert same_tensors(again.state_dict(), ViT.from_pretrained(theirs, n_head=2).state_dict())
+        model.head = torch.nn.Identity()
+        assert (model(x) - features).abs().max() < 1e-11
     assert ("the pooler of these weights is left out" in capsys.readouterr().out) is ("vit.pooler.dense.bias" in theirs)
 
 
-def test_gpt_computes_what_transformers_gpt2_computes():
-    transformers = pytest.importorskip("transformers")
-    model = perturb(transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=31, n_positions=10, n_embd=12, n_layer=2, n_head=3)))
-    ours, x = GPT.from_pretrained(model.state_dict(), n_head=3), tokens(2, 10)
-    assert (ours(x) - model(x).logits).abs().max() < 1e-4
-    model.load_state_dict(ours.to_gpt2(), strict=True)
-
-
-@pytest.mark.parametrize("name, options", [("ViTModel", {"intermediate_size": 20}), ("Dinov2Model", {}),
-                                           ("ViTForImageClassification", {"intermediate_size": 20, "num_labels": 5})])
+@pytest.mark.parametrize("name, options", [("ViTModel", {"intermediate_size": 20}), ("Dinov2Model", {})])
 def test_vit_computes_what_transformers_computes_at_any_size(name, options, tmp_path):
     """From its files and from its state dict, whose keys differ since transformers 5."""
     transformers = pytest.importorskip("transformers")
-    config = (transformers.Dinov2Config if "Dino" in name else transformers.ViTConfig)(
+    config = getattr(transformers, name.replace("Model", "Config"))(
         hidden_size=12, num_hidden_layers=2, num_attention_heads=3, image_size=12, patch_size=4, **options)
-    model = perturb(getattr(transformers, name)(config))
+    model = move(getattr(transformers, name)(config), 0.3).eval()
     model.save_pretrained(tmp_path)
     at_any_size = {} if "Dino" in name else {"interpolate_pos_encoding": True}
     for source in (tmp_path / "model.safetensors", model.state_dict()):
         for size in (12, 20):
-            ours, x = ViT.from_pretrained(source, n_head=3, image_size=size).eval(), images(4, 3, size, size)
-            theirs = model(x, **at_any_size)
-            expected = theirs.last_hidden_state[:, 0] if name.endswith("Model") else theirs.logits
-            ours.head = torch.nn.Identity() if name.endswith("Model") else ours.head
-            assert (ours(x) - expected).abs().max() < 1e-5 * expected.abs().max()
-
-
-@pytest.mark.parametrize("options", [{"num_classes": 5}, {"num_classes": 5, "init_values": 0.1}, {"num_classes": 0}])
-def test_vit_computes_what_timms_computes_at_any_size(options):
-    timm = pytest.importorskip("timm")
-    model = perturb(timm.models.VisionTransformer(
-        img_size=12, patch_size=4, embed_dim=12, depth=2, num_heads=3, dynamic_img_size=True, **options))
-    for size in (12, 8, 20):
-        ours, x = ViT.from_pretrained(model.state_dict(), n_head=3, image_size=size).eval(), images(4, 3, size, size)
-        resampled = timm.layers.resample_abs_pos_embed(model.pos_embed, [size // 4, size // 4])
-        assert torch.equal(ours.position_embedding, resampled)
-        ours.head = ours.head if options["num_classes"] else torch.nn.Identity()
-        expected = model(x)
-        assert expected.std() > 0.1 and (ours(x) - expected).abs().max() < 1e-5 * expected.abs().max()
+            ours, x = ViT.from_pretrained(source, n_head=3, image_size=size).eval(), noise(4, 3, size, size)
+            ours.head = torch.nn.Identity()
+            assert_close(ours(x), model(x, **at_any_size).last_hidden_state[:, 0])
 
 
 # ---- what from_pretrained can change ----
@@ -153,78 +111,51 @@ def test_a_new_classifier_and_another_image_size(name):
     kept, new = ViT.from_pretrained(state, n_head=3), ViT.from_pretrained(state, 7, n_head=3, image_size=20)
     assert new.config == replace(kept.config, num_classes=7, image_size=20) and new.head.weight.shape == (7, 12)
     assert new.head.weight.dtype == torch.float64 and not new.head.weight.any() and not new.head.bias.any()
-    assert same_tensors(*({k: v for k, v in m.state_dict().items() if not k.startswith("head.")}
-                          for m in (kept.set_input_size(20), new)))
+    assert same(kept.set_input_size(20).state_dict() | {"head.weight": 0, "head.bias": 0},
+                new.state_dict() | {"head.weight": 0, "head.bias": 0})
     headless = {k: v for k, v in state.items() if not k.startswith(("head", "classifier"))}
     for num_classes, n in ((7, 7), (None, 1)):
         fresh = ViT.from_pretrained(headless, num_classes, n_head=3)
-        assert fresh.config.num_classes == n and not fresh(torch.randn(2, 3, 12, 12).double()).any()
+        assert fresh.config.num_classes == n and not fresh.head.weight.any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_becomes_float32_with_the_same_values(dtype):
-    for cls, make in STATES.values():
+@pytest.mark.parametrize("name", STATES)
+def test_half_precision_becomes_float32_with_the_same_values(name):
+    cls, make = STATES[name]
+    for dtype in (torch.float16, torch.bfloat16):
         state = {k: v.to(dtype) for k, v in make().items()}
-        model = cls.from_pretrained(state, n_head=3)
-        assert {p.dtype for p in model.parameters()} == {torch.float32}
-        exact = cls.from_pretrained({k: v.double() for k, v in state.items()}, n_head=3).float()
-        assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(model.parameters(), exact.parameters()))
+        exact = cls.from_pretrained({k: v.float() for k, v in state.items()}, n_head=3)
+        assert same(cls.from_pretrained(state, n_head=3).state_dict(), exact.state_dict())
 
 
-def test_mean_and_std_of_the_images_that_a_timm_model_expects():
-    for options, expected in (({}, IMAGENET), ({"channels": 1}, {"mean": (0.5,), "std": (0.5,)}),
-                              ({"classes": 21843}, HALF)):
-        config = ViT.from_pretrained(timm_state(**options), n_head=2).config
-        assert {"mean": config.mean, "std": config.std} == expected
+def test_images_of_one_channel_have_mean_and_std_one_half():
+    config = ViT.from_pretrained(timm_state(channels=1), n_head=2).config
+    assert config.mean == config.std == (0.5,)
 
 
 # ---- position embeddings at another image size ----
 
-def resample(x, old, new, position):
-    """Bicubic resampling of x (old, ...) along its first axis at position(i), 0 <= i < new, written out (a = -0.75)."""
-    def kernel(t):
-        t = abs(t)
-        return (1.25 * t - 2.25) * t * t + 1 if t <= 1 else ((-0.75 * t + 3.75) * t - 6) * t + 3 if t < 2 else 0
-
-    rows = []
-    for i in range(new):
-        at = math.floor(position(i))
-        rows.append(sum(kernel(position(i) - j) * x[min(max(j, 0), old - 1)] for j in range(at - 1, at + 3)))
-    return torch.stack(rows)
-
-
-@pytest.mark.parametrize("new", [2, 3, 5, 7])
-@pytest.mark.parametrize("rule, position", [
-    ("torchvision", lambda i, new: i * 4 / (new - 1)), ("huggingface", lambda i, new: (i + 0.5) * 5 / new - 0.5),
-    ("dino", lambda i, new: (i + 0.5) * 5 / (new + 0.1) - 0.5)])
-def test_position_embeddings_are_resampled_where_the_rule_says(rule, position, new):
-    model = perturb(ViT(replace(SMALL_VIT, image_size=20, position_interpolation=rule))).double()
-    before = model.position_embedding.detach()
-    rows = resample(before[0, 1:].view(5, 5, 12), 5, new, lambda i: position(i, new))             # (new, 5, d)
-    grid = resample(rows.transpose(0, 1), 5, new, lambda i: position(i, new)).transpose(0, 1)     # (new, new, d)
-    expected = before if new == 5 else torch.cat([before[:, :1], grid.reshape(1, new * new, 12)], dim=1)
-    got = model.set_input_size(4 * new).position_embedding
-    assert torch.allclose(got, expected, atol=1e-12) and got.is_leaf and got.requires_grad
-
-
-def test_position_embeddings_are_those_of_timm():
-    """The values are from resample_abs_pos_embed of timm 1.0.31; the test above calls it if timm is installed."""
-    model = ViT(replace(SMALL_VIT, image_size=20, d_model=3, position_interpolation="timm"))
+@pytest.mark.parametrize("rule, expected", [
+    ("timm", (0, 1.7591291666, 2.1775906086, 2.1891422272, 2.0194926262)),
+    ("huggingface", (0, 0.4990234375, 3.9384765625, 1.8521575928, 3.4962005615)),   # centers at 5/2 (i + 0.5) - 0.5
+    ("dino", (0, 0.7010199428, 3.9160683155, 2.3981986046, 3.9861500263))])         # at 5/2.1 (i + 0.5) - 0.5
+def test_position_embeddings_are_resampled_where_the_rule_says(rule, expected):
+    """timm: values of resample_abs_pos_embed in timm 1.0.31; the others: a bicubic kernel (a = -0.75) written out."""
+    model = ViT(replace(SMALL_VIT, image_size=20, d_model=3, position_interpolation=rule))
     model.position_embedding.data = (torch.arange(26.0) ** 2 % 7).view(1, 26, 1).expand(-1, -1, 3)
-    expected = torch.tensor([0, 1.7591291666, 2.1775906086, 2.1891422272, 2.0194926262])
-    assert torch.allclose(model.set_input_size(8).position_embedding[0, :, 1], expected, atol=1e-6)
+    got = model.set_input_size(8).position_embedding
+    assert torch.allclose(got[0, :, 1], torch.tensor(expected), atol=1e-6) and got.is_leaf and got.requires_grad
 
 
-@pytest.mark.parametrize("old, new", [(12, 16), (16, 12), (12, 4), (12, 12)])
-def test_position_embeddings_are_those_of_torchvision(old, new):
-    state = dict(torchvision_vit(image_size=old).state_dict())
-    copy = {k: v.clone() for k, v in state.items()}
-    expected = interpolate_embeddings(new, 4, OrderedDict(copy))["encoder.pos_embedding"]
+@pytest.mark.parametrize("new", [16, 8, 12])
+def test_position_embeddings_are_those_of_torchvision(new):
+    state = dict(torchvision_vit().state_dict())
+    expected = interpolate_embeddings(new, 4, OrderedDict(copy.deepcopy(state)))["encoder.pos_embedding"]
     model = ViT.from_pretrained(state, n_head=3)
     assert model.set_input_size(new) is model and model.config.image_size == new
-    assert torch.allclose(model.position_embedding, expected, atol=1e-6)
+    assert_close(model.position_embedding, expected)
     state["encoder.pos_embedding"] = model.position_embedding.detach()
-    assert same_tensors(model.to_torchvision(), state), "all else is unchanged"
+    assert same(model.to_torchvision(), state), "all else is unchanged"
 
 
 def test_the_rule_of_the_origin_is_kept_in_model_files_and_in_half_precision(tmp_path):
@@ -232,79 +163,52 @@ def test_the_rule_of_the_origin_is_kept_in_model_files_and_in_half_precision(tmp
     save_model(tmp_path / "m.pt", model.bfloat16(), {})
     again = load_model(tmp_path / "m.pt", ViT)[0]
     assert again.config == model.config and {p.dtype for p in again.parameters()} == {torch.bfloat16}
-    x, expected = images(2, 3, 24, 24), model.float().set_input_size(24).position_embedding
+    x, expected = noise(2, 3, 24, 24), model.float().set_input_size(24).position_embedding
     assert torch.equal(again.set_input_size(24).position_embedding, expected.bfloat16())
     assert (again(x) - model(x)).abs().max() < 0.05 * model(x).abs().max(), "float32 images are converted"
 
 
 # ---- what does not fit ----
 
-LAYER = "encoder.layers.encoder_layer_1"
-
-
 @pytest.mark.parametrize("name, change, message", [
     ("GPT-2", lambda s: (s.pop("ln_f.bias"), s.pop("h.1.mlp.c_fc.weight")),
      "missing ['h.1.mlp.c_fc.weight', 'ln_f.bias']"),
     ("GPT-2", lambda s: s.update({"extra": torch.ones(1), "h.1.more": torch.ones(1)}), "surplus ['extra', 'h.1.more']"),
-    ("GPT-2", lambda s: s.update({"ln_f.bias": torch.ones(3)}), "norm.bias"),
-    ("GPT-2", lambda s: s.update({"h.0.attn.c_attn.bias": torch.ones(37)}), "blocks.0.attention.query.bias"),
     ("GPT-2", lambda s: s.update({"wte.weight": torch.ones(31)}), "token_embedding.weight has the shape (31,)"),
     ("GPT-2", lambda s: s.update({"lm_head.weight": s["wte.weight"] + 1}), "lm_head.weight differs"),
     ("GPT-2", lambda s: s.pop("wte.weight"), "not a state dict of a GPT-2"),
-    ("torchvision", lambda s: s.pop(f"{LAYER}.ln_1.bias"), f"missing ['{LAYER}.ln_1.bias']"),
-    ("torchvision", lambda s: s.update({"heads.pre_logits.bias": torch.ones(1)}), "surplus ['heads.pre_logits.bias']"),
     ("torchvision", lambda s: s.pop("heads.head.bias"), "missing ['heads.head.bias']"),
     ("torchvision", lambda s: s.update({"encoder.pos_embedding": torch.ones(1, 9, 12)}), "position_embedding"),
     ("torchvision", lambda s: s.pop("class_token"), "this ViT has no class token, which svmini does not support"),
-    ("timm", lambda s: s.pop("blocks.1.ls2.gamma"), "missing ['blocks.1.ls2.gamma']"),
     ("timm", lambda s: s.update({"blocks.1.ls2.gamma": torch.ones(3)}), "blocks.1.ls2 has the shape (3,)"),
     ("timm", lambda s: s.update({"blocks.1.mlp.fc2.weight": torch.ones(12, 1)}), "blocks.1.mlp.down.weight"),
-    ("timm", lambda s: s.pop("pos_embed"), "missing ['pos_embed']"),
     ("timm", lambda s: s.update({"norm.bias": 3}), "norm.bias is not a tensor of floating-point weights"),
     ("timm", lambda s: s.update({"norm.bias": torch.ones(12, dtype=torch.int8)}), "norm.bias is not a tensor of"),
-    ("timm", lambda s: s.update({"patch_embed.proj.weight": torch.ones(12)}), "patch_embed.weight has the shape (12,)"),
+    ("timm", lambda s: s.update({f"blocks.{i}.mlp.fc2.weight": torch.ones(12, 10) for i in range(2)}),   # packed: half
+     "this ViT has a SwiGLU MLP, which svmini does not support"),
     ("Hugging Face ViT", lambda s: s.pop("layernorm.bias"), "missing ['layernorm.bias']"),
-    ("Hugging Face DINOv2", lambda s: s.update({"classifier.weight": torch.ones(5, 24)}), "head.weight")])
+    ("Hugging Face DINOv2", lambda s: s.update({"classifier.weight": torch.ones(5, 24)}), "head.weight"),
+    *(("Hugging Face DINOv2" if key.startswith("e") else "timm", lambda s, key=key: s.update({key: torch.ones(1)}),
+       f"this ViT has {what}") for key, what in (
+        ("reg_token", "register tokens"), ("embeddings.register_tokens", "register tokens"),
+        ("dist_token", "a distillation token"), ("embeddings.distillation_token", "a distillation token"),
+        ("blocks.0.attn.q_norm.weight", "qk_norm"), ("fc_norm.weight", "fc_norm"),
+        ("blocks.0.mlp.w12.weight", "a SwiGLU MLP"), ("encoder.layer.0.mlp.weights_in.weight", "a SwiGLU MLP")))])
 def test_a_state_dict_that_does_not_fit(name, change, message):
     cls, make = STATES[name]
     state = make()
     change(state)
-    with pytest.raises(InputError) as error:
+    with refused(message):
         cls.from_pretrained(state, n_head=3)
-    assert message in str(error.value) and "\n" not in str(error.value), error.value
 
 
-@pytest.mark.parametrize("key, what", [
-    ("reg_token", "register tokens"), ("embeddings.register_tokens", "register tokens"),
-    ("dist_token", "a distillation token"), ("embeddings.distillation_token", "a distillation token"),
-    ("blocks.0.attn.q_norm.weight", "qk_norm"),
-    ("fc_norm.weight", "fc_norm"), ("blocks.0.mlp.w12.weight", "a SwiGLU MLP"),
-    ("encoder.layer.0.mlp.weights_in.weight", "a SwiGLU MLP")])
-def test_unsupported_variants_are_rejected_by_name(key, what):
-    state = STATES["Hugging Face DINOv2" if key.startswith("e") else "timm"][1]()
-    with pytest.raises(InputError, match=f"this ViT has {what}.*, which svmini does not support"):
-        ViT.from_pretrained(state | {key: torch.ones(1)}, n_head=2)
-
-
-def test_timms_packed_swiglu_is_rejected_by_its_shape():
-    state = timm_state()
-    state |= {f"blocks.{i}.mlp.fc2.weight": torch.ones(12, 10) for i in range(2)}   # half as wide as fc1
-    with pytest.raises(InputError, match="this ViT has a SwiGLU MLP, which svmini does not support"):
-        ViT.from_pretrained(state, n_head=2)
-
-
-@pytest.mark.parametrize("cls, make", [
-    (GPT, lambda d: gpt2_state(1, d)),
-    (ViT, lambda d: torchvision_vit(hidden_dim=d, num_heads=1, num_layers=1).state_dict())])
+@pytest.mark.parametrize("cls, make", [(GPT, lambda d: gpt2_state(1, d)), (ViT, lambda d: timm_state(1, d))])
 def test_n_head_is_asked_for_if_the_width_does_not_tell(cls, make):
-    with pytest.raises(InputError, match="the width 96 is not a multiple of 64.* give n_head"):
+    with refused("the width 96 is not a multiple of 64", "give n_head"):
         cls.from_pretrained(make(96))
-    assert cls.from_pretrained(make(96), n_head=1).config.n_head == 1
-    assert cls.from_pretrained(make(128)).config.n_head == 2
-    assert cls.from_pretrained(make(128), n_head=4).config.n_head == 4
-    for n_head in (5, 0):
-        with pytest.raises(InputError, match="n_head"):
-            cls.from_pretrained(make(48), n_head=n_head)
+    assert [cls.from_pretrained(make(128), n_head=n).config.n_head for n in (None, 4)] == [2, 4]
+    with refused("n_head"):
+        cls.from_pretrained(make(48), n_head=0)
 
 
 # ---- there and back ----
@@ -312,29 +216,26 @@ def test_n_head_is_asked_for_if_the_width_does_not_tell(cls, make):
 @pytest.mark.parametrize("name", STATES)
 def test_nothing_is_shared_with_the_source_or_the_converted_weights(name):
     cls, make = STATES[name]
-    state = make()
-    copy = {k: v.clone() for k, v in state.items()}
-    model = cls.from_pretrained(state, n_head=3)
+    model = cls.from_pretrained(state := make(), n_head=3)
     taken = model.to_gpt2() if cls is GPT else model.to_torchvision()
-    before = {k: v.clone() for k, v in taken.items()}
-    perturb(model)
-    assert same_tensors(state, copy) and same_tensors(taken, before)
+    before = copy.deepcopy((state, taken))
+    move(model)
+    assert same((state, taken), before)
     assert all(p.is_leaf and p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("make, back", [(gpt, GPT.to_gpt2), (lambda: perturb(ViT(SMALL_VIT)), ViT.to_torchvision)])
+@pytest.mark.parametrize("make, back", [(small_gpt, GPT.to_gpt2), (small_vit, ViT.to_torchvision)])
 def test_every_tensor_is_converted_or_named(make, back):
     """A student's gate in the MLP was once left out without a word."""
     model = make()
     for block in model.blocks:
         block.mlp.gate = torch.nn.Linear(12, 48)
     names = [f"blocks.{i}.mlp.gate.{kind}" for i in range(2) for kind in ("bias", "weight")]
-    with pytest.raises(InputError) as error:
+    with refused(f"no place for {names}", "missing nothing"):
         back(model)
-    assert f"no place for {names}" in str(error.value) and "missing nothing" in str(error.value)
+    with refused("no place for ", "blocks.0.attention.key", "merge an adapted model first"):
+        back(adapt(make(), "svft"))
     model = make()
     model.blocks[1].mlp.down = torch.nn.Identity()
-    with pytest.raises(InputError, match="no place for .*blocks.0.attention.key.*merge an adapted model first"):
-        back(adapt(make(), "svft"))
-    with pytest.raises(InputError, match=r"for nothing, missing \['blocks.1.mlp.down.bias', 'blocks.1.mlp.down.w"):
+    with refused("for nothing, missing ['blocks.1.mlp.down.bias', 'blocks.1.mlp.down.w"):
         back(model)

@@ -1,13 +1,12 @@
 """Both scripts from the command line to their files, with few steps and little data."""
 
-import io
 import json
 import math
-import os
 import platform
 import re
+import runpy
+import shutil
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,18 +15,13 @@ import torch
 
 import train_gpt
 import train_vit
-from little import call, little, read, rows   # noqa: F401  little is a fixture
-from svmini import GPT, METHODS, ViT, analyze, load_adapter
-from svmini.data.arithmetic import Arithmetic
-from svmini.data.images import ImageClassification
-from svmini.methods import canonical_spec
+from helpers import assert_same_folder, call, little, log_of, read, rows   # noqa: F401  little is a fixture
+from svmini import GPT, ViT, load_adapter
 from svmini.methods.lora import LoRA
 from svmini.model_file import load_model
-from svmini.training import compare, pretrain
-from toy import assert_same_folder, log_of
+from svmini.training import compare, pretrain, report
 
 ROOT = Path(__file__).resolve().parents[2]
-DRAW_BEST = analyze.draw_best   # the fixture little replaces it
 ROW = {"method", "trainable_params", "head_params", "trainable_percent", "metric", "metric_name", "higher_is_better",
        "gap_recovered", "seconds", "ms_per_step", "peak_mb", "adapter_bytes", "seed", "lr"}
 # name: script, its flags, the row that the gap starts from, metric, whether higher is better
@@ -39,16 +33,21 @@ STORIES = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_plots():
+    """test_report.py and test_analyze.py test these."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "plot", lambda *a: None)
+        yield
+
+
 @pytest.fixture(scope="module", params=STORIES)
 def story(request, tmp_path_factory, little):
     """(name, command, folder, output) of one --quick run each."""
     script, flags, *_ = STORIES[request.param]
     out = tmp_path_factory.mktemp("an out folder ü") / request.param
     argv = [script, "--quick", *(f.replace("PAIRS", str(little / "pairs.jsonl")) for f in flags), "--eval-every", 2]
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "glyphs":
-            patch.setattr(analyze, "draw_best", DRAW_BEST)
-        return request.param, argv, out, call(*argv, "--out", out)
+    return request.param, argv, out, call(*argv, "--out", out)
 
 
 def test_results_json_has_every_row_with_exact_counts(story):
@@ -90,7 +89,7 @@ def test_a_run_writes_its_files_and_prints_what_a_reader_needs(story):
     assert "device: cpu (1 thread, set by --device), float32\n" in printed
     assert "adapted layers: query, key, value, out, up, down (" in printed
     assert "Smoke test only: the base model is undertrained, so the ranking means nothing." in printed
-    assert names - {"results.png", "analysis.png"} == expected | ({"predictions.png"} if name == "glyphs" else set())
+    assert names == expected | ({"predictions.png"} if name == "glyphs" else set())
     if name != "glyphs":
         assert "\n--- before ---\n" in printed and "\n--- after, " in printed
     if name == "arithmetic":
@@ -99,35 +98,22 @@ def test_a_run_writes_its_files_and_prints_what_a_reader_needs(story):
         assert printed.count("\nModel:") == 4 and "16 pairs in train" in printed
 
 
-def test_the_same_seed_gives_the_same_numbers_and_the_base_is_reused(story, tmp_path):
+@pytest.mark.parametrize("story", ["glyphs", "topics"], indirect=True)
+def test_the_same_seed_gives_the_same_numbers_and_the_base_is_reused(story, tmp_path, monkeypatch):
     name, argv, out, first = story
     assert "pretraining on" in first and "from an earlier run" not in first
-    before = (out / "pretrain" / "model.pt").read_bytes()
-    again = [*argv, "--out", tmp_path / "again"]
-    (tmp_path / "again" / "pretrain").mkdir(parents=True)
-    (tmp_path / "again" / "pretrain" / "model.pt").write_bytes(before)
-    printed = call(*again)
-    assert "from an earlier run" in printed and "pretraining on" not in printed
-    assert rows(tmp_path / "again") == rows(out)
-    assert_same_folder(out / "runs", tmp_path / "again" / "runs")
-    if name == "glyphs":   # and once with a base model of its own
-        call(*argv, "--out", tmp_path / "new")
-        assert_same_folder(tmp_path / "new" / "runs", out / "runs")
-    assert (tmp_path / "again" / "pretrain" / "model.pt").read_bytes() == before
-
-
-def test_resume_reuses_finished_rows_and_repeats_a_run_whose_adapter_was_deleted(story, monkeypatch):
-    name, argv, out, _ = story
-    before, argv = read(out)["rows"], [*argv, "--resume", "--out", out]
-    with monkeypatch.context() as patch:
-        patch.setattr(compare, "train", lambda *a, **k: pytest.fail("a run was repeated"))
-        call(*argv)
-        assert read(out)["rows"] == before
-        assert "batch_size was" in call(*argv, "--batch-size", 3, code=2)
-    (compare.run_path(out, "svft:off_diagonals=8", 0) / "adapter.pt").unlink()
-    expected = rows(out)
-    call(*argv)
-    assert rows(out) == expected and (compare.run_path(out, "svft:off_diagonals=8", 0) / "adapter.pt").is_file()
+    if name != "glyphs":   # glyphs: once with a base model of its own
+        (tmp_path / "pretrain").mkdir()
+        shutil.copy(out / "pretrain" / "model.pt", tmp_path / "pretrain")
+    printed = call(*argv, "--out", tmp_path)
+    assert ("from an earlier run" in printed) == ("pretraining on" not in printed) == (name != "glyphs")
+    assert rows(tmp_path) == rows(out)
+    assert_same_folder(out / "runs", tmp_path / "runs")
+    assert (tmp_path / "pretrain" / "model.pt").read_bytes() == (out / "pretrain" / "model.pt").read_bytes()
+    before = read(tmp_path)["rows"]
+    monkeypatch.setattr(compare, "train", lambda *a, **k: pytest.fail("a run was repeated"))
+    call(*argv, "--resume", "--out", tmp_path)
+    assert read(tmp_path)["rows"] == before
 
 
 def test_the_written_files_reproduce_their_rows(story, tmp_path):
@@ -185,49 +171,17 @@ def test_seeds_sweep_targets_and_head_lr_reach_the_runs(little, tmp_path, monkey
     assert read(tmp_path) == content
 
 
-@pytest.mark.parametrize("script, task, flags", [(train_gpt, Arithmetic, ["--data", "arithmetic"]),
-                                                 (train_vit, ImageClassification, ["--data", "glyphs"])])
-def test_resume_ignores_what_an_earlier_command_left(script, task, flags, tmp_path, monkeypatch):
-    """A run that starts again with other settings and is stopped resumes with its own settings."""
-    argv = [script, *flags, "--methods", "svfit", "--lr-sweep", 1, "--out", tmp_path]
-    call(*argv)
-    batch, asked = task.batch, []
-
-    def interrupted(self, *key):
-        asked.append(key)
-        if len(asked) == stop:
-            raise KeyboardInterrupt
-        return batch(self, *key)
-
-    for stop in (2, 5):   # in the sweep, in the run
-        asked.clear()
-        monkeypatch.setattr(task, "batch", interrupted)
-        assert "--resume" in call(*argv, "--steps", 3, "--batch-size", stop, code=130)
-        monkeypatch.setattr(task, "batch", batch)
-        call(*argv, "--steps", 3, "--batch-size", stop, "--resume")
-
-
-class Late(LoRA):
-    """A new method, with an example that fits no layer."""
-    examples, lr = ("rank=2", "rank=3@up", "rank=999"), 0.125
-
-
 @pytest.mark.parametrize("name", ["glyphs", "arithmetic"])
-def test_methods_all_runs_every_example_also_of_a_new_method(name, tmp_path, monkeypatch):
-    monkeypatch.setitem(METHODS, "late", Late)
+def test_all_methods_and_the_result_of_a_sweep_reach_the_runs(name, tmp_path, monkeypatch):
     script, flags, *_ = STORIES[name]
-    if name == "arithmetic":   # what is run, without running it
-        monkeypatch.setattr(compare, "run", lambda spec, base, task, config, *a, **k: compare.empty_row(
-            spec, task, config.seed, config.lr, {"adapter": 1, "head": 0}, base) | {"metric": 1.0})
-    printed = call(script, "--methods", "all", *flags, "--steps", 1, "--out", tmp_path)
-    found = {r["method"]: r for r in read(tmp_path)["rows"] if r["method"] != "zero-shot"}
-    done = list(map(canonical_spec, found))
-    assert len(set(done)) == len(done) and list(found)[:len(script.MAIN)] == script.MAIN
-    for method, cls in METHODS.items():
-        for spec in (f"{method}:{example}".rstrip(":") for example in cls.examples):
-            assert (canonical_spec(spec) in done) == (spec != "late:rank=999"), spec
-    assert "skipped: late:rank=999: late does not fit blocks.0.attention.query (16x16)" in printed
-    assert (found["late:rank=2"]["lr"], found["late:rank=3@up"]["lr"]) == (0.125, 0.125)
+    spec, deleted = script.MAIN[-1] + "@up", []
+    monkeypatch.setattr(compare, "delete_runs", lambda specs, seeds, out: deleted.append((*specs, *seeds, out)))
+    monkeypatch.setattr(compare, "all_specs", lambda main, base, targets: [main[-1]] if targets == ("up",) else [])
+    monkeypatch.setattr(compare, "validation_score", best_is_largest)
+    call(script, *flags, "--methods", "all", "--targets", "up", "--steps", 1, "--lr-sweep", 2, "--out", tmp_path)
+    row, found = rows(tmp_path)[-1], read(tmp_path)["lr_sweep"][spec]
+    assert deleted == [(spec, 0, tmp_path)], "runs of an earlier command"
+    assert row["method"] == spec and row["lr"] == found["best"] == found["lr"][1]
 
 
 def test_if_every_run_diverges_the_exit_code_is_1_after_the_table(tmp_path, capsys):
@@ -240,25 +194,8 @@ def test_if_every_run_diverges_the_exit_code_is_1_after_the_table(tmp_path, caps
     assert error == "error: every run diverged: try a lower --lr\n"
 
 
-def test_a_stdout_that_is_not_utf_8_loses_characters_and_no_results(tmp_path, monkeypatch):
-    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(sys, "stdout", stream)
-    out = tmp_path / "ü"
-    assert train_vit.main(["--methods", "svfit", "--steps", "1", "--device", "cpu", "--out", str(out)]) == 0
-    stream.flush()
-    printed = stream.buffer.getvalue().decode("ascii")
-    assert f"{tmp_path / '?'}" in printed and {"results.json", "results.md"} <= {p.name for p in out.iterdir()}
-
-
-def test_a_bad_flag_in_a_process_of_its_own_is_one_line_with_code_2(tmp_path):
-    bad = subprocess.run([sys.executable, str(ROOT / "train_vit.py"), "--lr", "0"], cwd=tmp_path, timeout=120,
-                         capture_output=True, encoding="utf-8", env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert bad.returncode == 2 and bad.stdout == "" and not list(tmp_path.iterdir())
-    assert len(bad.stderr.splitlines()) == 1 and "--lr" in bad.stderr and "Traceback" not in bad.stderr
-
-
-def test_the_gpt_script_uses_the_learning_rates_of_its_sweep(tmp_path, monkeypatch, little):
-    monkeypatch.setattr(compare, "validation_score", best_is_largest)
-    call(train_gpt, "--data", "arithmetic", "--methods", "svfit", "--steps", 1, "--lr-sweep", 2, "--out", tmp_path)
-    found = read(tmp_path)["lr_sweep"]["svfit"]
-    assert found["best"] == found["lr"][1] == rows(tmp_path)[1]["lr"]
+def test_a_script_as_a_program_ends_with_the_exit_code(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_vit.py", "--lr", "0"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "train_vit.py"), run_name="__main__")
+    assert caught.value.code == 2 and "--lr" in capsys.readouterr().err
