@@ -1,12 +1,13 @@
 """Tuned learning rates, {dataset: {method spec: learning rate}}, found by `--lr-sweep` on validation data.
 
-docs/data/lr_sweeps.csv has the score of every learning rate. "published" is for base models with published weights.
+docs/data/lr_sweeps.csv has the score of every learning rate, and evidence_sweeps.csv those over three base models, which
+take precedence. "published" is for base models with published weights.
 A spec that is missing here starts at its method's own `lr`.
 """
 
 VIT_LEARNING_RATES = {   # by target dataset; a dataset that is missing takes the learning rates of glyphs
     "glyphs": {
-        "head": 1.6e-1, "full": 5e-4, "svfit": 1.2e-1, "svft:pattern=plain": 1.2e-1, "svft:off_diagonals=2": 2.5e-2,
+        "head": 8e-2, "full": 5e-4, "svfit": 1.2e-1, "svft:pattern=plain": 1.2e-1, "svft:off_diagonals=2": 2.5e-2,
         "svft:off_diagonals=8": 1e-2, "lora:rank=1": 1e-2, "lora:rank=2": 1e-2, "lora:rank=8": 5e-3,
         "dora:rank=8": 5e-3, "vera:rank=256": 5e-2, "svft:rank=32,off_diagonals=8": 1e-2,
         "svft:pattern=plain,basis=random": 8e-2, "svft:off_diagonals=2,basis=random": 2e-2,
