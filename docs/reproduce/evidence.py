@@ -66,7 +66,7 @@ def means(runs, task):
 
 
 def name_of(r):
-    """Return a line's task, with the number of steps where a task has two, and the width where it is not the usual."""
+    """Return a line's task, with the number of steps for arithmetic, and with the width if it is not the usual one."""
     name = f"arithmetic, {r['steps']} steps" if r["task"] == "arithmetic" else r["task"]
     return name if r["width"] in ("128", "384") else f"{name}, width {r['width']}"
 
