@@ -37,17 +37,29 @@ def vision_transformer():
     return vit
 
 
+def hugging_face(name, config, **sizes):
+    transformers = pytest.importorskip("transformers")
+    return getattr(transformers, name)(getattr(transformers, config)(vocab_size=32, **sizes))
+
+
 def t5():
     """Its feed-forward reads wo.weight.dtype."""
-    transformers = pytest.importorskip("transformers")
-    return transformers.T5ForConditionalGeneration(transformers.T5Config(
-        vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0))
+    return hugging_face("T5ForConditionalGeneration", "T5Config", d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
+                        decoder_start_token_id=0)
+
+
+def llama():
+    return hugging_face("LlamaForCausalLM", "LlamaConfig", hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                        num_attention_heads=2, num_key_value_heads=1)
+
+
+def bert():
+    return hugging_face("BertForSequenceClassification", "BertConfig", hidden_size=16, intermediate_size=32,
+                        num_hidden_layers=2, num_attention_heads=2, num_labels=3)
 
 
 def gpt2():
-    transformers = pytest.importorskip("transformers")
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=32, n_positions=8, n_embd=16, n_layer=1,
-                                                                n_head=2))
+    return hugging_face("GPT2LMHeadModel", "GPT2Config", n_positions=8, n_embd=16, n_layer=1, n_head=2)
 
 
 def timm_vit():
@@ -60,6 +72,8 @@ MODELS = {   # the model, its outputs, targets, also_train
     "torch": (encoder, encode, ("out_proj", "linear1", "linear2"), ()),
     "torchvision": (vision_transformer, lambda m: m(like(m, 4, 3, 8, 8)), ("out_proj", "mlp.0", "mlp.3"), ("heads",)),
     "t5": (t5, lambda m: m(input_ids=TOKENS, decoder_input_ids=TOKENS).logits, ("q", "v", "o", "wi", "wo"), ()),
+    "llama": (llama, lambda m: m(input_ids=TOKENS).logits, ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj"), ()),
+    "bert": (bert, lambda m: m(input_ids=TOKENS).logits, ("query", "value", "intermediate.dense"), ("classifier",)),
     "gpt2": (lambda: GPT.from_pretrained(gpt2().state_dict(), n_head=2), lambda m: m(TOKENS), GPT.targets, ()),
     "timm": (timm_vit, lambda m: m(like(m, 2, 3, 8, 8)), ("qkv", "attn.proj", "fc1", "fc2"), ("head",)),
 }
@@ -105,4 +119,6 @@ def test_hugging_faces_gpt2_is_redirected_to_ours():
     model = gpt2().eval()
     with rejected(model, "c_attn", "Conv1D", "GPT.from_pretrained(model.state_dict())"):
         adapt(model, "svft", targets=("c_attn",))
-    assert_close(GPT.from_pretrained(model.state_dict(), n_head=2)(TOKENS), model(TOKENS).logits)
+    ours = GPT.from_pretrained(model.state_dict(), n_head=2)
+    assert_close(ours(TOKENS), model(TOKENS).logits)
+    model.load_state_dict(ours.to_gpt2(), strict=True)

@@ -103,6 +103,16 @@ def test_vit_computes_what_transformers_computes_at_any_size(name, options, tmp_
             assert_close(ours(x), model(x, **at_any_size).last_hidden_state[:, 0])
 
 
+@pytest.mark.parametrize("scales", [None, 0.1])
+def test_vit_computes_what_timms_computes_at_any_size(scales):
+    timm = pytest.importorskip("timm")
+    model = move(timm.models.VisionTransformer(img_size=12, patch_size=4, embed_dim=12, depth=2, num_heads=3, num_classes=5,
+                                               init_values=scales, dynamic_img_size=True), 0.3).eval()
+    for size in (12, 8, 20):
+        ours, x = ViT.from_pretrained(model.state_dict(), n_head=3, image_size=size).eval(), noise(4, 3, size, size)
+        assert_close(ours(x), model(x))
+
+
 # ---- what from_pretrained can change ----
 
 @pytest.mark.parametrize("name", [name for name in STATES if name != "GPT-2"])
