@@ -77,6 +77,7 @@ def case(make, *parts, **arguments):
         {"seed": 2**80}, {"seed": np.array([1, 2])}, {"off_diagonals": torch.tensor(2)}, {"rank": 8 + 0j})),
     *(case(Net, f"{target!r} matches no layer", "targets can be: query, value", targets=["query", target])
       for target in ("valeu", "uery", "query.", ".query")),
+    case(Net, "did you mean 'query'", targets=["querry"]),
     *(case(Net, key, "list of names", **{key: names}) for key in ("targets", "also_train")
       for names in ("query", ["query", 3], [""], 5)),
     *(case(Net, "give targets", "targets can be: query, value", targets=targets) for targets in (None, ())),
@@ -89,7 +90,8 @@ def case(make, *parts, **arguments):
         (lambda: nn.utils.parametrizations.weight_norm(lin()), "not a plain nn.Linear but ParametrizedLinear"),
         (lambda: with_hook("forward_pre_hook"), "hooks, which an adapter would lose: remove them first"),
         (lambda: with_hook("forward_hook"), "hooks"), (lambda: with_hook("full_backward_hook"), "hooks"),
-        (lambda: lin(dtype=torch.complex64), "torch.complex64", "float32"), (half_finite, "not finite"))),
+        (lambda: lin(dtype=torch.complex64), "torch.complex64", "float32"), (half_finite, "not finite"),
+        (lambda: nn.Linear(0, 4), "a weight of size zero, (4, 0)"))),
     case(tied, "d.inner shares its weight with another module", "targets can be: e", targets=("e", "d.inner")),
     case(tied, "also_train: c shares a weight", targets=("e",), also_train=("c",)),
     case(tiny_gpt, "head shares its weight", targets=("query", "head")),

@@ -1,5 +1,6 @@
 """Bad input gives one line with what is wrong and what to do, exit code 2, and no files. Bugs keep their traceback."""
 
+import argparse
 import functools
 import os
 import sys
@@ -184,3 +185,12 @@ def test_specs_with_the_same_meaning_are_equal():
         assert canonical_spec(a) == canonical_spec(b)
     different = ["lora:rank=4", "lora", "lora:alpha=8", "svft@query", "svft", "dora", "svft:pattern=plain", "svfit"]
     assert len(set(map(canonical_spec, different))) == len(different)
+
+
+def test_resume_without_an_earlier_run_says_so(tmp_path, capsys):
+    flags = argparse.Namespace(out=tmp_path / "new", data="glyphs", resume=True)
+    cli.out_folder(flags, "vit")
+    assert "new contains no earlier run, so this one starts from the beginning" in capsys.readouterr().out
+    (tmp_path / "new" / "row.json").touch()
+    cli.out_folder(flags, "vit")
+    assert capsys.readouterr().out == ""

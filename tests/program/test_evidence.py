@@ -24,7 +24,7 @@ def test_holm_multiplies_by_the_remaining_comparisons_and_stays_monotone():
 
 def run_line(base, seed, method, metric):
     return {"task": "glyphs", "width": "128", "steps": "200", "base": str(base), "seed": str(seed), "method": method,
-            "metric": str(metric)}
+            "metric": str(metric), "base_metric": "80" if base == 9 else "95"}
 
 
 def test_a_comparison_averages_seeds_and_pairs_bases():
@@ -38,7 +38,8 @@ def test_a_comparison_averages_seeds_and_pairs_bases():
 
 
 def test_an_incomplete_comparison_counts_as_p_1_in_the_family():
-    runs = [run_line(base, seed, method, metric + base / 10) for base in range(9) for seed in (0, 1)
+    """Of ten bases, number 9 is excluded: it did not learn its own task."""
+    runs = [run_line(base, seed, method, metric + base / 10) for base in range(10) for seed in (0, 1)
             for method, metric in (("svft:pattern=plain", 60), ("svft:pattern=plain,basis=random", 70))]
     first = evidence.confirmatory_table(runs)[2]
     assert "| 9 |" in first and first.endswith("| incomplete: 1 |")
