@@ -54,7 +54,7 @@ def half_finite():
     return layer
 
 
-def beside(bad):
+def next_to(bad):
     """A model with a layer that can be adapted, and one that cannot."""
     return lambda: chain(good=Named(16, 16), bad=bad())
 
@@ -83,7 +83,7 @@ def case(make, *parts, **arguments):
     *(case(Net, "give targets", "targets can be: query, value", targets=targets) for targets in (None, ())),
     case(lambda: chain(nn.Conv2d(3, 4, 1), nn.ReLU()), "no nn.Linear that can be adapted", targets=None),
     case(lambda: chain(*(lin(2, 2) for _ in range(30))), "targets can be: 0, 1, ", "19, ...", targets=None),
-    *(case(beside(bad), "bad ", "; targets can be: good", *parts, targets=("good", "bad")) for bad, *parts in (
+    *(case(next_to(bad), "bad ", "; targets can be: good", *parts, targets=("good", "bad")) for bad, *parts in (
         (Conv1D, "Conv1D", "GPT.from_pretrained(model.state_dict())"),
         (lambda: Twice(16, 16), "not a plain nn.Linear but Twice"), (lambda: chain(lin()), "but Sequential"),
         (lambda: compiled(lin()), "not a plain nn.Linear but"),

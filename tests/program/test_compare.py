@@ -230,8 +230,8 @@ def test_the_learning_rate_is_chosen_on_validation_data(tmp_path, tried, higher,
 
 
 def test_a_sweep_depends_on_its_seed_alone_and_never_chooses_a_learning_rate_that_diverges(tmp_path):
-    one, other = (compare.lr_sweep(rates, tiny_gpt(0.2), Toy(), SWEEP | {"steps": 12}, CPU, tmp_path, 1)
-                  for rates in ({"full": 1e30, "lora:rank=2": 0.1}, {"lora:rank=2": 0.1}))
+    one, other = (compare.lr_sweep(lrs, tiny_gpt(0.2), Toy(), SWEEP | {"steps": 12}, CPU, tmp_path, 1)
+                  for lrs in ({"full": 1e30, "lora:rank=2": 0.1}, {"lora:rank=2": 0.1}))
     assert one["full"] == {"lr": [1e30], "val": [None], "best": None}
     assert one["lora:rank=2"] == other["lora:rank=2"] and one["lora:rank=2"]["best"] == 0.1
 
