@@ -196,7 +196,7 @@ def draw_differences(path, runs):
     from matplotlib.figure import Figure
     listed = [(task, what, compare(runs, task, row, other), True) for task, what, row, other in CONFIRMATORY]
     listed += [(task, what, compare(runs, task, row, other), False) for task, what, row, other in EXPLORATORY]
-    listed = [entry for entry in listed if entry[2] is not None]
+    listed = [entry for entry in listed if entry[2] is not None and entry[2]["deviation"] > 0]
     tasks = list(dict.fromkeys(task for task, *_ in listed))
     if not tasks:
         return
@@ -211,19 +211,22 @@ def draw_differences(path, runs):
         axes.axvline(0, color=GRAY, linewidth=1)
         axes.set_yticks(range(len(entries)), [what for _, what, _, _ in entries])
         axes.set_ylim(-0.7, len(entries) - 0.3)
-        axes.set_title(f"{task}: difference in points, 95 % interval (filled: confirmatory)", color=GRAY, fontsize="medium")
+        axes.set_title(task, color=GRAY, fontsize="medium")
         gray_axes(axes)
+    panels[-1].set_xlabel("difference in points, 95 % interval (filled: confirmatory)", color=GRAY)
     figure.savefig(path, dpi=120, transparent=True, metadata={"Software": None})
 
 
-def draw_curves(path, curves):
-    """Draw validation metric over steps: one thin line for each base, one color for each row."""
+def draw_curves(path, curves, runs):
+    """Draw the validation metric of each base's first seed over steps: a thin line for each base, a color for each row."""
+    excluded = {r["base"] for r in runs if r["task"] == "arithmetic" and not learned(r)}
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     lines = {}
     for r in curves:
-        lines.setdefault(r["method"], {}).setdefault((r["base"], r["seed"]), []).append((int(r["step"]), float(r["metric"])))
+        if r["base"] not in excluded and int(r["seed"]) == 2 * int(r["base"]):
+            lines.setdefault(r["method"], {}).setdefault(r["base"], []).append((int(r["step"]), float(r["metric"])))
     for i, (method, bases) in enumerate(lines.items()):
         for j, points in enumerate(bases.values()):
             x, y = zip(*sorted(points))
@@ -239,7 +242,7 @@ def draw(folder, data):
     """Draw docs/evidence_*.png."""
     draw_differences(folder / "evidence_differences.png", data["evidence_runs"])
     if "evidence_curves" in data:
-        draw_curves(folder / "evidence_curves.png", data["evidence_curves"])
+        draw_curves(folder / "evidence_curves.png", data["evidence_curves"], data["evidence_runs"])
 
 
 TABLES = {
