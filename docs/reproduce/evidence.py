@@ -249,7 +249,7 @@ TABLES = {
     "evidence_confirmatory": lambda data: confirmatory_table(data["evidence_runs"]),
     "evidence_exploratory": lambda data: exploratory_table(data["evidence_runs"]),
     "evidence_glyphs": lambda data: task_table(data["evidence_runs"], "glyphs", (LORA, "full")),
-    "evidence_arithmetic": lambda data: task_table(data["evidence_runs"], ARITHMETIC, (LORA, "full")),
+    "evidence_arithmetic": lambda data: task_table(data["evidence_runs"], ARITHMETIC, ()),
     "evidence_arithmetic_900": lambda data: task_table(data["evidence_runs"], LONG, ()),
     "evidence_reviews": lambda data: task_table(data["evidence_runs"], REVIEWS, ("head", "full")),
     "evidence_one_run": lambda data: one_run_table(data["evidence_runs"]),
