@@ -183,7 +183,7 @@ def out_folder(flags, model):
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()   # fails if the folder is read-only
     delete_temporary(out)
-    if flags.resume and not any(path.name in RUN_FILES for path in out.rglob("*")):
+    if flags.resume and not any(path.name in (*RUN_FILES, "lr_sweep.json") for path in out.rglob("*")):
         print(f"--resume: {out} contains no earlier run, so this one starts from the beginning")
     return out
 
