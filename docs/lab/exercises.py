@@ -59,7 +59,7 @@ def gradient_of_M(U, Vt, G, positions):
             M = zeros(D, D)
             M[i, j] = 1
             gradient[n] = (G * (U @ M @ Vt)).sum()
-    This computes a (d_out, d_in) matrix for every entry. Compute none.
+    This computes a (d_out, d_in) matrix for every entry. Compute none (the grader does not check that).
     """
     raise ToDo("exercise 3, gradient_of_M")
 
@@ -67,7 +67,7 @@ def gradient_of_M(U, Vt, G, positions):
 def wrong_gradient(y, factor):
     """3. How do you plant an error that no value shows?
 
-    Return a tensor that equals y in every bit, but whose gradient with respect to y is `factor` instead of 1. One line
+    Return a tensor that equals y (torch.equal), also under torch.no_grad(), but whose gradient with respect to y is `factor` instead of 1. One line
     is enough.
     """
     raise ToDo("exercise 3, wrong_gradient")
@@ -144,7 +144,7 @@ def after_flip(M, sign):
 
 
 class TinyFile:
-    """10. What must an adapter file contain so that another machine reads it correctly, or refuses it?
+    """10. What must an adapter file contain so that it is read correctly on another machine, and refused on another base?
 
     M was trained between U and Vt. The reader computes U, S and Vt again. They may differ from the writer's in one way
     only: u_i and v_i have changed their signs *together*, for any i. Everything else means that the reader has another

@@ -100,6 +100,8 @@ def test_wrong_gradient():
         y = exercises.wrong_gradient(3 * x, factor)
         assert torch.equal(y, 3 * x), "the values have changed"
         assert torch.allclose(torch.autograd.grad(y.sum(), x)[0], torch.full_like(x, 3 * factor)), f"factor {factor}"
+        with torch.no_grad():
+            assert torch.equal(exercises.wrong_gradient(3 * x, factor), 3 * x), "the values change under no_grad"
 
 
 def planted(place):
@@ -126,7 +128,8 @@ def test_caught_by(spec="svft:off_diagonals=3"):
                     check()
                 except AssertionError:
                     failed.add(name)
-        right(answer == failed, f"{place}: other checks fail. Which functions does each check call?")
+        right(answer == failed, f"{place}: {len(failed - answer)} more checks fail, and {len(answer - failed)} of yours "
+                                "do not. Which functions does each check call?")
 
 
 def test_train_both():
@@ -140,8 +143,8 @@ def test_train_both():
             optimizer.zero_grad()
             (x @ (U @ torch.diag(S + p) @ Vt).t() + bias - y).square().mean().backward()
             optimizer.step()
-        assert_close(M, p, 1e-10)
-        assert_close(s, S + p, 1e-10)
+        for got, expected in ((M, p), (s, S + p)):
+            assert_close(got, expected, 1e-10, "; did you set weight_decay=0, which is not AdamW's default?")
 
 
 def test_weight_stats():
@@ -162,8 +165,9 @@ def test_band_share():
             C = [[(U[:, i] @ dW @ Vt[j]).item() for j in range(len(S))] for i in range(len(S))]
             for d in (0, 2, len(S) - 1):
                 inside = sum(c * c for i, row in enumerate(C) for j, c in enumerate(row) if abs(i - j) <= d)
-                right(math.isclose(exercises.band_share(W0, W0 + dW, d), inside / dW.square().sum(), rel_tol=1e-8),
-                      f"W of shape {shape}, d={d}: not the share that the loop returns")
+                got, expected = exercises.band_share(W0, W0 + dW, d), inside / dW.square().sum().item()
+                right(math.isclose(got, expected, rel_tol=1e-8),
+                      f"W of shape {shape}, d={d}: {got:.6f}, but the loop returns {expected:.6f}")
 
 
 def test_rank_k_and_rank_1():
@@ -187,13 +191,16 @@ def test_TinyFile():
         more = sum(tensor.numel() for tensor in content.values()) - M.numel()
         assert torch.equal(content["M"], M) and more <= 2 * sum(shape), f"the file has {more} numbers in addition to M"
         for sign in (sign, -sign, sign.flip(0)):
-            W = exercises.TinyFile.read(content, U * sign, S, Vt * sign[:, None])
+            try:
+                W = exercises.TinyFile.read(content, U * sign, S, Vt * sign[:, None])
+            except ValueError:
+                right(False, "u_i and v_i changed their signs together: such a reader must get W")
             assert_close(W, U @ (torch.diag(S) + M) @ Vt, 1e-10)
         noise = tokens(*shape)
         noise -= noise.mean()                                  # the sum of all entries stays the same
         turned_U, turned_V = (torch.linalg.qr(Q + 0.01 * tokens(*Q.shape)).Q for Q in (U, Vt.t()))
         for other in (thin_svd(W0 + 0.01 * W0.norm() / noise.norm() * noise), (turned_U, S, Vt), (U, S, turned_V.t()),
-                      (U, 1.01 * S, Vt)):
+                      (U, 1.01 * S, Vt), (U.flip(0), S, Vt), (U, S, Vt.flip(1))):
             with pytest.raises(ValueError):
                 exercises.TinyFile.read(content, *other)
 

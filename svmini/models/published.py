@@ -121,6 +121,9 @@ def read_source(source, urls):
 
 def read_file(path, urls):
     if not path.is_file():
+        if path.suffix in (".pt", ".pth", ".bin", ".safetensors"):
+            raise MissingFile(f"{path} does not exist (a training run writes its base model to "
+                              "OUT/pretrain/model.pt)")
         raise MissingFile(f"{str(path)!r} is neither a file nor one of {', '.join(urls)}")
     try:
         if path.suffix == ".safetensors":

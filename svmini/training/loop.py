@@ -94,8 +94,8 @@ def train(model, task, train_config, device_config, run_folder, label="train"):
             bar.update()
             run_folder.after_step(done, config.steps, stopping, model, task, device_config, optimizer, scaler, lr)
             if stopping or done == config.steps and stop.is_set():   # Ctrl-C may arrive in the last evaluation
-                raise Stopped(f"{label}: stopped at step {done} of {config.steps}. "
-                              "Continue with the same command and --resume")
+                where = "" if run_folder.folder is None else f" at step {done} of {config.steps}"
+                raise Stopped(f"{label}: stopped{where}. Continue with the same command and --resume")
     return 1000 * seconds / (config.steps - first) if first < config.steps else None
 
 

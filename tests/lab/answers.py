@@ -53,7 +53,7 @@ class LoRAXS(Adapter):
 
     @property
     def weight(self):
-        return self.W0 + self.L.to(self.R.dtype) @ self.R @ self.Vt.to(self.R.dtype)
+        return (self.W0 + self.L.to(self.R.dtype) @ self.R @ self.Vt.to(self.R.dtype)).to(self.base_dtype)
 
     @staticmethod
     def count(d_out, d_in, *, rank=8):

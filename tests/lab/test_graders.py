@@ -35,6 +35,19 @@ def sum_of(U, S, Vt, M):   # recognizes the base by the sum of its entries, whic
     return right.write(U, S, Vt, M) | {"sum": (U * S @ Vt).sum()[None]}
 
 
+def by_sums(c, U, S, Vt):   # the sums of U's columns and of V's, which do not change if rows are permuted
+    sign = U.sum(0).sign() * c["U"].sign()
+    if not all(torch.allclose(a, b) for a, b in ((U.sum(0) * sign, c["U"]), (Vt.sum(1) * sign, c["V"]), (S, c["S"]))):
+        raise ValueError
+    return U @ (torch.diag(S) + answers.after_flip(c["M"], sign)) @ Vt
+
+
+def hooked(y, factor):
+    z = y * 1
+    z.register_hook(lambda grad: grad * factor)
+    return z
+
+
 def by_sum(c, U, S, Vt):
     if not torch.allclose((U * S @ Vt).sum()[None], c["sum"]):
         raise ValueError
@@ -46,7 +59,7 @@ WRONG = {
                          lambda d_out, d_in, d, r: answers.count_parameters(d_in, d_out, d, r)],
     "counts_in_the_paper": [lambda: answers.counts_in_the_paper() | {"svft": 230040}],   # without out
     "gradient_of_M": [lambda U, Vt, G, positions: answers.gradient_of_M(U, Vt, G, positions.flip(1))],
-    "wrong_gradient": [lambda y, factor: y, lambda y, factor: factor * y,
+    "wrong_gradient": [lambda y, factor: y, lambda y, factor: factor * y, hooked,
                        lambda y, factor: factor * y - ((factor - 1) * y).detach()],      # the last bits change
     "caught_by": [lambda place: {"finite differences", "closed form"}],
     "train_both": [lambda *a: answers.train_both(*a, weight_decay=0.1), lambda *a: answers.train_both(*a)[::-1],
@@ -58,6 +71,7 @@ WRONG = {
     "rank_k_and_rank_1": [lambda D, k: answers.rank_k_and_rank_1(D, k)[::-1], lambda D, k: (torch.eye(D),) * 2],
     "after_flip": [lambda M, sign: M, lambda M, sign: M * sign],
     "TinyFile": [file(read=own_signs), file(write=sum_of, read=by_sum),
+                 file(lambda U, S, Vt, M: {"M": M, "U": U.sum(0), "V": Vt.sum(1), "S": S}, by_sums),
                  file(lambda U, S, Vt, M: right.write(U, S, Vt, M) | {"U": U, "Vt": Vt})],
     "same_matrices": [lambda rank: f"svft:rank={rank},pattern=plain",
                       lambda rank: f"svft:rank={rank},off_diagonals={rank - 1},basis=random"],
@@ -88,7 +102,7 @@ def test_a_stub_is_skipped_and_only_the_answer_is_accepted(name, monkeypatch):
     grader()
     for wrong in WRONG[name]:
         monkeypatch.setattr(exercises, name, wrong)
-        with pytest.raises((AssertionError, ValueError, pytest.fail.Exception)):
+        with pytest.raises((AssertionError, RuntimeError, ValueError, pytest.fail.Exception)):
             grader()
 
 

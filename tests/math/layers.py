@@ -113,9 +113,9 @@ def move(model, seed=2, share=0.3):
     return model
 
 
-def assert_close(got, expected, eps=1e-12):
+def assert_close(got, expected, eps=1e-12, hint=""):
     """Assert equality up to eps times the largest expected entry, and equal shapes and dtypes."""
     got, expected = got.detach(), expected.detach()
     assert got.shape == expected.shape and got.dtype == expected.dtype
     error = (got - expected).abs().max() / expected.abs().max() if got.numel() else 0
-    assert error <= eps, f"off by {error:.1e} of the largest entry, {eps:.0e} allowed"
+    assert error <= eps, f"off by {error:.1e} of the largest entry, {eps:.0e} allowed{hint}"

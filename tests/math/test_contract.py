@@ -74,7 +74,7 @@ def check_two_paths(spec, shape, dtype, folder):
             x = tokens(T, d_in, dtype).requires_grad_()
             y = path(x.view(1, T, d_in))                        # leading dimensions are kept: (1, T, d_out)
             paths.append((y, *torch.autograd.grad((y[0] * tokens(T, d_out, dtype, 3)).sum(), [x, *layer.parameters()])))
-        assert_close(paths[0][0], paths[1][0], EPS[dtype])
+        assert_close(paths[0][0], paths[1][0], EPS[dtype], "; does forward add the bias exactly once?")
         for got, expected in zip(*paths):
             assert_close(got, expected, 10 * EPS[dtype])        # a gradient is a sum over up to 200 tokens
     for lead in ((0,), (2, 0)):
