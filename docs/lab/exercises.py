@@ -67,8 +67,8 @@ def gradient_of_M(U, Vt, G, positions):
 def wrong_gradient(y, factor):
     """3. How do you plant an error that no value shows?
 
-    Return a tensor that equals y (torch.equal), also under torch.no_grad(), but whose gradient with respect to y is `factor` instead of 1. One line
-    is enough.
+    Return a tensor that equals y (torch.equal), also under torch.no_grad(), but whose gradient with respect to y is
+    `factor` instead of 1. One line is enough.
     """
     raise ToDo("exercise 3, wrong_gradient")
 
@@ -144,7 +144,7 @@ def after_flip(M, sign):
 
 
 class TinyFile:
-    """10. What must an adapter file contain so that it is read correctly on another machine, and refused on another base?
+    """10. What must an adapter file contain so that another machine reads it correctly, but not on another base?
 
     M was trained between U and Vt. The reader computes U, S and Vt again. They may differ from the writer's in one way
     only: u_i and v_i have changed their signs *together*, for any i. Everything else means that the reader has another

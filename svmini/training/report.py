@@ -94,7 +94,7 @@ def notes(rows, task):
     else:
         lines = [f"mean ± standard deviation over seeds {', '.join(map(str, seeds))} of one base model; {deviation}"]
         if reference_of(rows) not in methods:
-            lines.append(f"Δ is empty: it needs the row {REFERENCE}: add it to --methods")
+            lines.append(f"Δ is empty: it needs the row {REFERENCE}, so add it to --methods")
     problem, start = gap_problem(rows), "zero-shot" if "zero-shot" in methods else "head"
     lines.append(f"gap recovered is empty: {problem}" if problem else
                  f"gap recovered: (metric − {start}) / (full − {start}) in percent, an estimate from one base model")
@@ -110,7 +110,7 @@ def gap_problem(rows):
     start = "zero-shot" if "zero-shot" in methods else "head"
     missing = [spec for spec in (start, "full") if spec not in methods]
     if missing:
-        return f"it needs the row {' and the row '.join(missing)}: add {'them' if missing[1:] else 'it'} to --methods"
+        return f"it needs the row {' and the row '.join(missing)}, so add {'them' if missing[1:] else 'it'} to --methods"
     pairs = [start_and_full(rows, row["seed"]) for row in rows if row["method"] == "full"]
     gaps = [full - first for first, full in pairs if None not in (first, full)]
     if not gaps:
