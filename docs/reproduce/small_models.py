@@ -42,8 +42,7 @@ CONTROLS = ["svft:pattern=plain", "svft:pattern=plain,basis=random", "svft:off_d
             "svft:off_diagonals=8,basis=random"]
 LATER = ["random_mask:off_diagonals=2", "svft:pattern=random,off_diagonals=8"]   # exploratory, run on glyphs alone
 METHODS = {"glyphs": [*CONTROLS, "head", "vera:rank=256", *LATER], "arithmetic": [*CONTROLS, *LATER]}
-SWEPT = {"random_mask:off_diagonals=2": 4e-2, "svft:pattern=random,off_diagonals=8": 1e-2}   # over three bases
-LEARNING_RATES = {"glyphs": VIT_LEARNING_RATES["glyphs"] | SWEPT, "arithmetic": GPT_LEARNING_RATES["arithmetic"]}
+LEARNING_RATES = {"glyphs": VIT_LEARNING_RATES["glyphs"], "arithmetic": GPT_LEARNING_RATES["arithmetic"]}
 CHANCE = {"glyphs": 100 / 26, "arithmetic": 0.0}   # the score of a run that diverged
 RUN_COLUMNS = ["task", "width", "steps", "base", "base_metric", "method", "seed", "metric", "metric_name", "status",
                "trainable_params", "lr", "machine", "torch", "date", "commit", "command"]

@@ -12,10 +12,10 @@ VIT_LEARNING_RATES = {   # by target dataset; a dataset that is missing takes th
         "dora:rank=8": 5e-3, "vera:rank=256": 5e-2, "svft:rank=32,off_diagonals=8": 1e-2,
         "svft:pattern=plain,basis=random": 8e-2, "svft:off_diagonals=2,basis=random": 2e-2,
         "svft:off_diagonals=8,basis=random": 1e-2, "svft:rank=32,off_diagonals=8,basis=random": 4e-2,
-        "random_mask:off_diagonals=0": 8e-2, "random_mask:off_diagonals=2": 2e-2, "random_mask:off_diagonals=8": 1e-2,
+        "random_mask:off_diagonals=0": 8e-2, "random_mask:off_diagonals=2": 4e-2, "random_mask:off_diagonals=8": 1e-2,
         "boft:block_size=4,factors=2": 2e-2, "boft:block_size=2,factors=1": 8e-2, "svft:off_diagonals=32": 2.5e-3,
         "lora:rank=32": 2.5e-3, "vera:rank=16": 5e-2, "svfit:rank=8": 3e-2, "svfit:rank=32": 6e-2,
-        "svft:pattern=random,off_diagonals=0": 6e-2,
+        "svft:pattern=random,off_diagonals=0": 6e-2, "svft:pattern=random,off_diagonals=8": 1e-2,
         "svft:rank=64,off_diagonals=5": 2e-2, "svft:rank=32,off_diagonals=12": 1e-2,
         "svft:rank=25,off_diagonals=24": 5e-3, "svft:pattern=plain@query,key,value,out": 4e-2,
         "svft:off_diagonals=2@query,key,value,out": 4e-2, "svft:pattern=random@query,key,value,out": 2e-2,
@@ -28,7 +28,7 @@ VIT_LEARNING_RATES = {   # by target dataset; a dataset that is missing takes th
         "svft:rank=32,off_diagonals=8,basis=random": 2e-2},
     "mnist": {
         "head": 3.2e-1, "svft:off_diagonals=8": 2e-2, "svft:off_diagonals=8,basis=random": 2e-2,
-        "random_mask:off_diagonals=0": 1.6e-1, "random_mask:off_diagonals=8": 5e-3,
+        "random_mask:off_diagonals=0": 1.6e-1, "random_mask:off_diagonals=2": 2e-2, "random_mask:off_diagonals=8": 5e-3,
         "svft:rank=32,off_diagonals=8": 2e-2},
     # swept on a DINOv2 ViT-S/14 with 8 images per class (docs/results.md), except for lora:rank=2 and boft
     "published": {

@@ -23,6 +23,7 @@ SCRIPTS = sorted((DOCS / "reproduce").glob("*.sh"))
 sys.path.insert(0, str(DOCS / "reproduce"))
 import figures  # noqa: E402
 import measurements  # noqa: E402
+import minilm  # noqa: E402
 import tables  # noqa: E402
 
 WIDTHS = {"glyphs": (4, 128), "fashionmnist": (4, 128), "mnist": (4, 128), "text": (4, 128), "arithmetic": (3, 128)}
@@ -108,7 +109,7 @@ def test_learning_rates_are_the_best_of_their_sweeps():
         grids[row["task"], row["method"], row["machine"]].append(row)
     used = {"glyphs": VIT_LEARNING_RATES["glyphs"], "text": GPT_LEARNING_RATES["text"],
             "arithmetic": GPT_LEARNING_RATES["arithmetic"],
-            "cifar10_3000, 8 per class": VIT_LEARNING_RATES["published"],
+            "cifar10_3000, 8 per class": VIT_LEARNING_RATES["published"], "movie reviews": minilm.LEARNING_RATES,
             **{task: VIT_LEARNING_RATES["glyphs"] | VIT_LEARNING_RATES[task] for task in ("mnist", "fashionmnist")}}
     used = {task: {canonical_spec(spec): lr for spec, lr in table.items()} for task, table in used.items()}
     on_three_bases = defaultdict(lambda: defaultdict(list))   # these take precedence
