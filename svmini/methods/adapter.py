@@ -38,8 +38,8 @@ class Adapter(nn.Module):
         file does not. A buffer that cannot be computed again uses register_buffer, and the file holds it.
       - A step runs on the meta device, where tensors have no values: no `if` on a tensor, no tensor on another device.
       - On a bf16 or fp16 layer, frozen tensors keep the base's dtype and this class makes parameters float32. A method
-        does nothing for this, except that a matrix product in `weight` casts the frozen factor to the parameter's dtype
-        and a `forward` of its own casts the parameters to the dtype of W0.
+        does nothing for this, except that `weight` ends with .to(self.base_dtype), a matrix product in it casts the
+        frozen factor to the parameter's dtype, and a `forward` of its own casts the parameters to the dtype of W0.
     """
     examples = ()       # options such as "rank=8" or "rank=8@query,value": rows of --methods all and test cases
     test_options = ()   # further test cases

@@ -32,7 +32,7 @@ class Columns(Adapter):
 
     @property
     def weight(self):
-        return self.W0 * self.g
+        return (self.W0 * self.g).to(self.base_dtype)
 
     @staticmethod
     def count(d_out, d_in):

@@ -1,6 +1,7 @@
 """The contract of a method, which methods/adapter.py states in words, for all specs and shapes."""
 
 import copy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -186,12 +187,12 @@ def check_half(spec, shape, dtype, folder):
     layer, twin = layers
     try:
         layer(tokens(3, d_in).to(dtype))
-    except RuntimeError:
-        return
+    except RuntimeError as error:
+        return warnings.warn(f"{spec} does not support {dtype} layers: {error}")
     assert layer.base_dtype == dtype and all(p.dtype == torch.float32 for p in layer.parameters())
     for name, b in layer.named_buffers():
         assert b.dim() < 2 or b.dtype in (dtype, torch.int64), f"{name} is {b.dtype}, not the {dtype} of the base layer"
-    assert_close(layer.weight.to(dtype), base.weight, HALF[dtype])
+    assert_close(layer.weight, base.weight, HALF[dtype])
     start = [p.detach().clone() for p in twin.parameters()]
     move(twin)
     with torch.no_grad():

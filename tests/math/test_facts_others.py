@@ -92,7 +92,7 @@ def test_the_random_pair_of_vera_does_not_depend_on_the_targets():
             assert all(map(torch.equal, other[name], together[name]))
 
 
-def test_narrower_layers_use_the_first_columns_and_rows_of_one_pair():
+def test_narrower_layers_use_the_first_part_of_one_pair():
     """Each is scaled by its own fan-in, as in Kaiming's bound."""
     large, small = layer_of("vera:rank=10", (40, 64)), layer_of("vera:rank=10", (8, 12))
     assert large.A.shape == (10, 64) and large.B.shape == (40, 10)
