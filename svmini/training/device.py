@@ -46,7 +46,7 @@ def prepare_device(device_config, model):
     """Choose the number of CPU threads for a model, print the device line, and return the updated DeviceConfig.
 
     A small model gets one thread: its matrix products are so short that threads mostly wait for one another. Two threads
-    are 1.4 times as fast on an idle machine, but several times slower next to a busy process (docs/ablations.md).
+    are 1.4 times as fast on an idle machine, but 1.3 to 6 times slower next to a busy process (docs/ablations.md).
     OMP_NUM_THREADS takes precedence.
     """
     threads, size = torch.get_num_threads(), sum(p.numel() for p in model.parameters())
