@@ -103,7 +103,7 @@ def compare_training(weights, images):
             runs = [train_once(weights, images, spec, lr, draw, setting) for draw in range(3)]
             accuracy[spec, setting] = [metric for metric, _ in runs]
             losses[spec, setting] = [statistics.mean(values) for values in zip(*(loss for _, loss in runs))]
-            print(spec, setting, accuracy[spec, setting], losses[spec, setting], flush=True)
+            print(spec, setting, runs, flush=True)
     for (spec, setting), values in accuracy.items():
         change = [a - b for a, b in zip(values, accuracy[spec, "float32"])]
         print(f"| {spec} | {setting} | {mean(values)} | {mean(change, '+')} | {losses[spec, setting][-1]:.3f} |")
