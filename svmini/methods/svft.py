@@ -12,6 +12,7 @@ With D = min(d_out, d_in), or D = r with a rank, and d off-diagonals on each sid
 Plain M is the same optimization as SVFit with all singular values.
 basis="random" is a control that the paper does not have: orthonormal columns drawn from the seed replace U and V,
     W = W0 + Q_1 M Q_2ᵀ,       so M is trained at the same positions, between directions that are unrelated to W0.
+basis="random_U" and basis="random_V" replace one side and keep the singular vectors of the other.
 
 Differences from the paper: its U and V are full and square; here they are thin, as in the authors' code. An update of a
 non-square matrix therefore stays in the span of U (or V), even with a dense M. The paper's truncation study drops the
@@ -36,19 +37,21 @@ from .adapter import HALF_DTYPES, MAX_SEED, Adapter, check_int
 from .svd import apply_factors, apply_with_residual, thin_svd
 
 PATTERNS = ("plain", "banded", "random", "topk")
+BASES = ("singular", "random", "random_U", "random_V")
 
 
 class SVFT(Adapter):
     examples = ("pattern=plain", "off_diagonals=2", "off_diagonals=8", "pattern=random",
                 "pattern=topk@query,key,value,out", "rank=8,off_diagonals=7", "off_diagonals=2,basis=random")
     test_options = ("pattern=random,off_diagonals=4,seed=7", "rank=5,pattern=plain", "rank=6,pattern=topk",
-                    "pattern=plain,basis=random,seed=3", "rank=4,off_diagonals=1,basis=random")
+                    "pattern=plain,basis=random,seed=3", "rank=4,off_diagonals=1,basis=random", "basis=random_U",
+                    "pattern=random,basis=random_V")
     lr = 2e-2
 
     def __init__(self, linear, *, pattern="banded", off_diagonals=2, rank=None, basis="singular", seed=0):
         options = dict(pattern=pattern, off_diagonals=off_diagonals, rank=rank, basis=basis, seed=seed)
         super().__init__(linear, **options)
-        U, S, Vt = thin_svd(linear.weight) if basis == "singular" else random_basis(linear.weight, seed)
+        U, S, Vt = factors(linear.weight, basis, seed)
         r = rank or len(S)
         # with all singular vectors, the factors replace W0
         factors_only = r == len(S) and basis == "singular" and linear.weight.dtype not in HALF_DTYPES
@@ -97,8 +100,8 @@ class SVFT(Adapter):
     def check(d_out, d_in, *, pattern="banded", off_diagonals=2, rank=None, basis="singular", seed=0):
         if pattern not in PATTERNS:
             raise ValueError(f"pattern must be one of {', '.join(PATTERNS)}, not {pattern!r}")
-        if basis not in ("singular", "random"):
-            raise ValueError(f"basis must be singular or random, not {basis!r}")
+        if basis not in BASES:
+            raise ValueError(f"basis must be one of {', '.join(BASES)}, not {basis!r}")
         if pattern == "topk" and d_out != d_in:
             raise ValueError("topk ranks u_iᵀ v_j, which exists only for a square matrix: "
                              "choose square targets such as query, key, value and out, or another pattern")
@@ -121,12 +124,15 @@ def positions(pattern, U, Vt, off_diagonals, k, seed):
     return similarity.flatten().topk(k).indices.sort().values
 
 
-def random_basis(weight, seed):
-    """Return Q_1 (d_out, D), zeros (D,) and Q_2ᵀ (D, d_in) in place of thin_svd's factors: the control."""
-    (d_out, d_in), D, device = weight.shape, min(weight.shape), weight.device
-    dtype = torch.float32 if weight.dtype in HALF_DTYPES else weight.dtype
-    return (orthonormal(d_out, D, 2 * seed).to(device, dtype, copy=True), weight.new_zeros(D, dtype=dtype),
-            orthonormal(d_in, D, 2 * seed + 1).t().contiguous().to(device, dtype, copy=True))
+def factors(weight, basis, seed):
+    """Return U (d_out, D), S (D,) and Vᵀ (D, d_in) of the weight, with the columns of `basis` drawn from the seed."""
+    (d_out, d_in), D = weight.shape, min(weight.shape)
+    U, S, Vt = thin_svd(weight)
+    if basis in ("random", "random_U"):
+        U = orthonormal(d_out, D, 2 * seed).to(U, copy=True)
+    if basis in ("random", "random_V"):
+        Vt = orthonormal(d_in, D, 2 * seed + 1).t().contiguous().to(Vt, copy=True)
+    return U, S, Vt
 
 
 @lru_cache(maxsize=16)

@@ -92,6 +92,11 @@ def test_a_random_basis_replaces_the_singular_vectors(shape):
     assert torch.equal(part.U, layer.U[:, :5]) and torch.equal(part.Vt, layer.Vt[:5])
     if shape == "square":
         assert (layer.U - layer.Vt.t()).abs().max() > 0.1                       # two separate draws
+    singular = layer_of("svft:", shape)
+    for basis, sides in (("random_U", (layer.U, singular.Vt)), ("random_V", (singular.U, layer.Vt))):
+        one = layer_of(f"svft:basis={basis}", shape)
+        assert torch.equal(one.U, sides[0]) and torch.equal(one.Vt, sides[1])
+        assert_close(layer_of(f"svft:basis={basis}", shape, moved=False).weight, W0, 0)
 
 
 # ---- SVFit ----

@@ -97,7 +97,7 @@ def test_vit(spec):
 def svft(layer, G):
     """∂L/∂M_ij = u_iᵀ G v_j."""
     U, _, Vt = thin_svd(linear(tuple(G.shape)).weight)
-    if layer.options["basis"] == "random":
+    if layer.options["basis"] != "singular":
         U, Vt = layer.U, layer.Vt
     return {"M": torch.stack([U[:, i] @ G @ Vt[j] for i, j in positions_of(layer)])}
 
