@@ -40,8 +40,9 @@ from svmini.training.loop import TrainConfig  # noqa: E402
 CONTROLS = ["svft:pattern=plain", "svft:pattern=plain,basis=random", "svft:off_diagonals=2", "lora:rank=8", "full",
             "svft:pattern=random,off_diagonals=0", "random_mask:off_diagonals=0", "svft:off_diagonals=8",
             "svft:off_diagonals=8,basis=random"]
-LATER = ["random_mask:off_diagonals=2", "svft:pattern=random,off_diagonals=8"]   # exploratory, run on glyphs alone
-METHODS = {"glyphs": [*CONTROLS, "head", "vera:rank=256", *LATER], "arithmetic": [*CONTROLS, *LATER]}
+LATER = ["random_mask:off_diagonals=2", "svft:pattern=random,off_diagonals=8"]   # exploratory
+SIDES = ["svft:off_diagonals=8,basis=random_U", "svft:off_diagonals=8,basis=random_V"]
+METHODS = {"glyphs": [*CONTROLS, "head", "vera:rank=256", *LATER], "arithmetic": [*CONTROLS, *LATER, *SIDES]}
 LEARNING_RATES = {"glyphs": VIT_LEARNING_RATES["glyphs"], "arithmetic": GPT_LEARNING_RATES["arithmetic"]}
 CHANCE = {"glyphs": 100 / 26, "arithmetic": 0.0}   # the score of a run that diverged
 RUN_COLUMNS = ["task", "width", "steps", "base", "base_metric", "method", "seed", "metric", "metric_name", "status",
