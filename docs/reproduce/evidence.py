@@ -15,6 +15,9 @@ LEARNED = 90   # smallest test metric of a base on the task that it was pretrain
 SEEDS_PER_BASE = {"movie reviews": 1, "arithmetic, 900 steps": 1}   # the others have 2
 ARITHMETIC = "arithmetic, 300 steps"
 LONG = "arithmetic, 900 steps"
+FIRST_NEW_BASE = 20   # arithmetic bases of width 128 from here on were made later, on another machine
+NEW = f"{ARITHMETIC}, new bases"
+WIDTHS = (64, 128, 256)
 REVIEWS = "movie reviews"
 PLAIN, PLAIN_RANDOM = "svft:pattern=plain", "svft:pattern=plain,basis=random"
 BANDED2, BANDED8 = "svft:off_diagonals=2", "svft:off_diagonals=8"
@@ -41,13 +44,16 @@ EXPLORATORY = [
     ("glyphs", "banded 2 − VeRA rank 256", BANDED2, VERA),
     ("glyphs", "VeRA rank 256 − LoRA rank 8", VERA, LORA),
     ("glyphs", "VeRA rank 256 − full fine-tuning", VERA, "full"),
-    *((task, what, row, other) for task in (ARITHMETIC, LONG) for what, row, other in (
-        ("plain M: singular vectors − random basis", PLAIN, PLAIN_RANDOM),
-        ("plain M: diagonal − random positions", PLAIN, POSITIONS),
-        ("plain M − random mask", PLAIN, MASK),
-        ("banded 8: singular vectors − random basis", BANDED8, BANDED8_RANDOM),
-        ("banded 8 − random positions", BANDED8, POSITIONS8),
-        ("banded 2 − random mask", BANDED2, MASK2)) if (task, row, other) != (ARITHMETIC, BANDED8, BANDED8_RANDOM)),
+    (ARITHMETIC, "plain M: singular vectors − random basis", PLAIN, PLAIN_RANDOM),
+    (ARITHMETIC, "plain M: diagonal − random positions", PLAIN, POSITIONS),
+    (ARITHMETIC, "plain M − random mask", PLAIN, MASK),
+    (LONG, "banded 8: singular vectors − random basis", BANDED8, BANDED8_RANDOM),
+    (NEW, "banded 8: singular vectors − random basis", BANDED8, BANDED8_RANDOM),
+    (NEW, "banded 8: singular vectors − random U", BANDED8, f"{BANDED8_RANDOM}_U"),
+    (NEW, "banded 8: singular vectors − random V", BANDED8, f"{BANDED8_RANDOM}_V"),
+    (NEW, "banded 8: random U − random V", f"{BANDED8_RANDOM}_U", f"{BANDED8_RANDOM}_V"),
+    (NEW, "banded 8 − random positions", BANDED8, POSITIONS8),
+    (NEW, "banded 2 − random mask", BANDED2, MASK2),
     (REVIEWS, "plain M: diagonal − random positions", PLAIN, POSITIONS),
     (REVIEWS, "plain M − random mask", PLAIN, MASK),
     (REVIEWS, "banded 2: singular vectors − random basis", BANDED2, "svft:off_diagonals=2,basis=random"),
@@ -77,11 +83,16 @@ def learned(r):
 def name_of(r):
     """Return a line's task, with the number of steps for arithmetic, and with the width if it is not the usual one."""
     name = f"arithmetic, {r['steps']} steps" if r["task"] == "arithmetic" else r["task"]
-    return name if r["width"] in ("128", "384") else f"{name}, width {r['width']}"
+    if r["width"] not in ("128", "384"):
+        return f"{name}, width {r['width']}"
+    return NEW if name == ARITHMETIC and int(r["base"]) >= FIRST_NEW_BASE else name
 
 
 def compare(runs, task, row, other):
-    """Return the paired comparison of two rows: {"n", "mean", "deviation", "low", "high", "p"}, or None below n = 2."""
+    """Return the paired comparison of two rows, or None below n = 2.
+
+    Its keys: n, mean, deviation, low, high (the 95 % interval), p, differences.
+    """
     found = means(runs, task)
     a, b = found.get(row, {}), found.get(other, {})
     differences = [a[base] - b[base] for base in sorted(a.keys() & b.keys())]
@@ -92,7 +103,8 @@ def compare(runs, task, row, other):
     error = deviation / math.sqrt(n)
     half = t_quantile(0.05, n - 1) * error
     p = t_p_value(mean / error, n - 1) if error else float(mean == 0)
-    return {"n": n, "mean": mean, "deviation": deviation, "low": mean - half, "high": mean + half, "p": p}
+    return {"n": n, "mean": mean, "deviation": deviation, "low": mean - half, "high": mean + half, "p": p,
+            "differences": differences}
 
 
 def confirmatory_table(runs):
@@ -112,6 +124,36 @@ def exploratory_table(runs):
         if c is not None:
             cells.append([task, what, *statistics_cells(c)])
     return markdown(cells[0], cells[1:], 2) if len(cells) > 1 else ["*Not run.*"]
+
+
+def by_width(runs, task):
+    """Return {"plain M" or "banded 8": {width: comparison of singular vectors with a random basis}}."""
+    found = {}
+    for what, row, other in (("plain M", PLAIN, PLAIN_RANDOM), ("banded 8", BANDED8, BANDED8_RANDOM)):
+        compared = {width: compare(runs, task if width == 128 else f"{task}, width {width}", row, other) for width in WIDTHS}
+        found[what] = {width: c for width, c in compared.items() if c is not None}
+    return found
+
+
+def trend(compared):
+    """Return the slope of the paired differences over log2 of the width, by least squares, as compare does."""
+    points = [(math.log2(width), y) for width, c in compared.items() for y in c["differences"]]
+    n, x_mean = len(points), statistics.mean(x for x, _ in points)
+    slope, intercept = statistics.linear_regression(*zip(*points))
+    variance = sum((y - intercept - slope * x) ** 2 for x, y in points) / (n - 2)
+    error = math.sqrt(variance / sum((x - x_mean) ** 2 for x, _ in points))
+    half = t_quantile(0.05, n - 2) * error
+    return {"n": n, "mean": slope, "deviation": math.sqrt(variance), "low": slope - half, "high": slope + half,
+            "p": t_p_value(slope / error, n - 2)}
+
+
+def width_table(runs):
+    cells = [["task", "M", "width", "mean", "95 % interval", "deviation", "n", "p, uncorrected"]]
+    for task in ("glyphs", ARITHMETIC):
+        for what, compared in by_width(runs, task).items():
+            cells += [[task, what, str(width), *statistics_cells(c)] for width, c in compared.items()]
+            cells.append([task, what, "slope per doubling", *statistics_cells(trend(compared))])
+    return markdown(cells[0], cells[1:], 3)
 
 
 def statistics_cells(c):
@@ -217,6 +259,27 @@ def draw_differences(path, runs):
     figure.savefig(path, dpi=120, transparent=True, metadata={"Software": None})
 
 
+def draw_widths(path, runs):
+    """Draw singular minus random basis over the width, with 95 % intervals, a panel for each task."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    for axes, task in zip(figure.subplots(1, 2), ("glyphs", ARITHMETIC)):
+        for i, (what, compared) in enumerate(by_width(runs, task).items()):
+            x = [width * 1.04 ** (2 * i - 1) for width in compared]     # side by side
+            mean, low, high = zip(*((c["mean"], c["mean"] - c["low"], c["high"] - c["mean"]) for c in compared.values()))
+            axes.errorbar(x, mean, yerr=[low, high], marker="os"[i], fillstyle="none", capsize=3, linewidth=1, label=what)
+        axes.axhline(0, color=GRAY, linewidth=1)
+        axes.set_xscale("log")
+        axes.minorticks_off()
+        axes.set_xticks(WIDTHS, WIDTHS)
+        axes.set_title(task, color=GRAY, fontsize="medium")
+        axes.set_xlabel("width", color=GRAY)
+        axes.legend(frameon=False, labelcolor=GRAY)
+        gray_axes(axes)
+    figure.axes[0].set_ylabel("singular − random, points", color=GRAY)
+    figure.savefig(path, dpi=120, transparent=True, metadata={"Software": None})
+
+
 def draw_curves(path, curves, runs):
     """Draw the validation metric of each base's first seed over steps: a thin line for each base, a color for each row."""
     excluded = {r["base"] for r in runs if r["task"] == "arithmetic" and not learned(r)}
@@ -241,6 +304,7 @@ def draw_curves(path, curves, runs):
 def draw(folder, data):
     """Draw docs/evidence_*.png."""
     draw_differences(folder / "evidence_differences.png", data["evidence_runs"])
+    draw_widths(folder / "evidence_widths.png", data["evidence_runs"])
     if "evidence_curves" in data:
         draw_curves(folder / "evidence_curves.png", data["evidence_curves"], data["evidence_runs"])
 
@@ -252,6 +316,7 @@ TABLES = {
     "evidence_arithmetic": lambda data: task_table(data["evidence_runs"], ARITHMETIC, ()),
     "evidence_arithmetic_900": lambda data: task_table(data["evidence_runs"], LONG, ()),
     "evidence_reviews": lambda data: task_table(data["evidence_runs"], REVIEWS, ("head", "full")),
+    "evidence_widths": lambda data: width_table(data["evidence_runs"]),
     "evidence_one_run": lambda data: one_run_table(data["evidence_runs"]),
     "evidence_sweeps": lambda data: sweep_table(data["evidence_sweeps"]),
 }

@@ -37,6 +37,13 @@ def test_a_comparison_averages_seeds_and_pairs_bases():
     assert (found["low"], found["high"]) == (pytest.approx(22 - 12.706, abs=1e-3), pytest.approx(22 + 12.706, abs=1e-3))
 
 
+def test_the_trend_is_the_least_squares_line_over_the_doublings_of_the_width():
+    """Differences 1, 3 at width 64 and 5, 7 at 128: slope 4; residuals of 1 on 2 degrees of freedom, error sqrt 2."""
+    found = evidence.trend({64: {"differences": [1.0, 3.0]}, 128: {"differences": [5.0, 7.0]}})
+    assert (found["n"], found["mean"], found["deviation"]) == (4, pytest.approx(4), pytest.approx(2 ** 0.5))
+    assert found["high"] - found["mean"] == pytest.approx(4.303 * 2 ** 0.5, abs=1e-3)
+
+
 def test_an_incomplete_comparison_counts_as_p_1_in_the_family():
     """Of ten bases, number 9 is excluded: it did not learn its own task."""
     runs = [run_line(base, seed, method, metric + base / 10) for base in range(10) for seed in (0, 1)
