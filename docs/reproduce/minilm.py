@@ -44,7 +44,8 @@ CENTERS = {"head": 1.6e-2, "full": 5e-5, "svft:pattern=plain": 1e-2, "svft:patte
            "svft:pattern=random,off_diagonals=0": 1e-2, "random_mask:off_diagonals=0": 1e-2,
            "svft:off_diagonals=2": 2e-3, "svft:off_diagonals=2,basis=random": 2e-3}
 LEARNING_RATES = {   # the best of `sweep`
-    "head": 8e-3, "svft:pattern=plain": 2e-2, "svft:pattern=plain,basis=random": 2e-2}
+    "head": 8e-3, "svft:pattern=plain": 2e-2, "svft:pattern=plain,basis=random": 2e-2,
+    "svft:pattern=random,off_diagonals=0": 2e-2}
 
 
 class Classifier(nn.Module):

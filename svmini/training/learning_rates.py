@@ -50,6 +50,7 @@ GPT_LEARNING_RATES = {   # by kind of data; question-answer pairs take the learn
         "full": 4e-3, "svfit": 1.6e-1, "svft:pattern=plain": 1.6e-1, "svft:off_diagonals=2": 8e-2,
         "svft:off_diagonals=8": 2e-2, "svft:pattern=plain,basis=random": 1.6e-1,
         "svft:off_diagonals=2,basis=random": 8e-2, "svft:off_diagonals=8,basis=random": 2e-2,
+        "svft:off_diagonals=8,basis=random_U": 2e-2, "svft:off_diagonals=8,basis=random_V": 2e-2,
         "svft:pattern=random,off_diagonals=0": 1.6e-1, "random_mask:off_diagonals=0": 1.6e-1,
         "random_mask:off_diagonals=2": 4e-2, "random_mask:off_diagonals=8": 2e-2, "svft:rank=32,off_diagonals=8": 2e-2,
         "svft:rank=32,off_diagonals=8,basis=random": 4e-2, "lora:rank=1": 1e-2, "lora:rank=2": 1e-2,
