@@ -51,6 +51,8 @@ EXPLORATORY = [
     (NEW, "banded 8: singular vectors − random basis", BANDED8, BANDED8_RANDOM),
     (NEW, "banded 8: singular vectors − random U", BANDED8, f"{BANDED8_RANDOM}_U"),
     (NEW, "banded 8: singular vectors − random V", BANDED8, f"{BANDED8_RANDOM}_V"),
+    (NEW, "banded 8: random U − random basis", f"{BANDED8_RANDOM}_U", BANDED8_RANDOM),
+    (NEW, "banded 8: random V − random basis", f"{BANDED8_RANDOM}_V", BANDED8_RANDOM),
     (NEW, "banded 8: random U − random V", f"{BANDED8_RANDOM}_U", f"{BANDED8_RANDOM}_V"),
     (REVIEWS, "plain M: diagonal − random positions", PLAIN, POSITIONS),
     (REVIEWS, "plain M − random mask", PLAIN, MASK),
