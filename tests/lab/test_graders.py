@@ -128,9 +128,20 @@ def test_update_prints_the_shares(monkeypatch, capsys, tmp_path):
     update.main(str(tmp_path / "0.pt"), str(tmp_path / "1.pt"))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == list(ViT.targets)
-    shares = [float(x) for x in lines[1].split()[4:10]]
-    assert shares[1::2] == [0.0625, 0.2891, 0.7812] and all(0 < x < 1 for x in shares)
-    assert lines[1].split()[11:14] == ["16", "of", "16"]
+    shares = [float(x) for x in lines[1].split()[4:13]]
+    assert shares[1::3] == [0.0625, 0.2891, 0.7812] and all(0 < x < 1 for x in shares)
+    assert lines[1].split()[14:17] == ["16", "of", "16"]
+
+
+def test_update_tells_a_band_from_a_preference_for_the_leading_directions(monkeypatch):
+    """Without structure besides its rows and columns, C has the share of `leading`; a diagonal C has far more."""
+    monkeypatch.setattr(update, "band_share", answers.band_share)
+    W0, decay = torch.randn(24, 16, dtype=torch.float64), 0.7 ** torch.arange(16, dtype=torch.float64)
+    U, _, Vt = torch.linalg.svd(W0, full_matrices=False)
+    share, _, leading = update.update_of(W0, W0 + U @ torch.outer(decay, decay) @ Vt)[:3]
+    assert share == pytest.approx(leading) and share > 0.2
+    share, _, leading = update.update_of(W0, W0 + U @ Vt)[:3]
+    assert (share, leading) == (pytest.approx(1), pytest.approx(1 / 16))
 
 
 def test_truncate_keeps_the_first_singular_values(tmp_path):
