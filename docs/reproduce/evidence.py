@@ -54,6 +54,8 @@ EXPLORATORY = [
     (NEW, "banded 8: random U − random basis", f"{BANDED8_RANDOM}_U", BANDED8_RANDOM),
     (NEW, "banded 8: random V − random basis", f"{BANDED8_RANDOM}_V", BANDED8_RANDOM),
     (NEW, "banded 8: random U − random V", f"{BANDED8_RANDOM}_U", f"{BANDED8_RANDOM}_V"),
+    (NEW, "banded 8 − random positions", BANDED8, POSITIONS8),
+    (NEW, "banded 2 − random mask", BANDED2, MASK2),
     (REVIEWS, "plain M: diagonal − random positions", PLAIN, POSITIONS),
     (REVIEWS, "plain M − random mask", PLAIN, MASK),
     (REVIEWS, "banded 2: singular vectors − random basis", BANDED2, "svft:off_diagonals=2,basis=random"),

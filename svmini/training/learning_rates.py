@@ -47,14 +47,14 @@ GPT_LEARNING_RATES = {   # by kind of data; question-answer pairs take the learn
         "random_mask:off_diagonals=0": 1.6e-1, "random_mask:off_diagonals=2": 8e-2,
         "random_mask:off_diagonals=8": 4e-2},
     "arithmetic": {
-        "full": 4e-3, "svfit": 1.6e-1, "svft:pattern=plain": 1.6e-1, "svft:off_diagonals=2": 8e-2,
+        "full": 4e-3, "svfit": 1.6e-1, "svft:pattern=plain": 1.6e-1, "svft:off_diagonals=2": 4e-2,
         "svft:off_diagonals=8": 2e-2, "svft:pattern=plain,basis=random": 1.6e-1,
         "svft:off_diagonals=2,basis=random": 8e-2, "svft:off_diagonals=8,basis=random": 2e-2,
         "svft:off_diagonals=8,basis=random_U": 2e-2, "svft:off_diagonals=8,basis=random_V": 2e-2,
-        "svft:pattern=random,off_diagonals=0": 1.6e-1, "random_mask:off_diagonals=0": 1.6e-1,
-        "random_mask:off_diagonals=2": 4e-2, "random_mask:off_diagonals=8": 2e-2, "svft:rank=32,off_diagonals=8": 2e-2,
-        "svft:rank=32,off_diagonals=8,basis=random": 4e-2, "lora:rank=1": 1e-2, "lora:rank=2": 1e-2,
-        "lora:rank=8": 5e-3, "dora:rank=8": 1e-2, "vera:rank=256": 5e-2},
+        "svft:pattern=random,off_diagonals=0": 1.6e-1, "svft:pattern=random,off_diagonals=8": 2e-2,
+        "random_mask:off_diagonals=0": 1.6e-1, "random_mask:off_diagonals=2": 4e-2, "random_mask:off_diagonals=8": 2e-2,
+        "svft:rank=32,off_diagonals=8": 2e-2, "svft:rank=32,off_diagonals=8,basis=random": 4e-2,
+        "lora:rank=1": 1e-2, "lora:rank=2": 1e-2, "lora:rank=8": 5e-3, "dora:rank=8": 1e-2, "vera:rank=256": 5e-2},
     # not swept: those of svft come from its authors' scripts for Gemma-2B, the others are common first tries
     "published": {
         "full": 5e-5, "svfit": 5e-2, "svft:pattern=plain": 5e-2, "svft:off_diagonals=2": 5e-3,
