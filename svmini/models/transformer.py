@@ -27,21 +27,25 @@ class Attention(nn.Module):
         self.out = nn.Linear(d_model, d_model)
         self.n_head, self.causal, self.dropout = n_head, causal, dropout
 
-    def forward(self, x, cache=None):
-        """Map x (B, T, d) to (B, T, d). cache: a KVCache; its tokens come before those of x."""
-        B, T, d = x.shape
+    def forward(self, x, cache=None, queries=None):
+        """Map x (B, T, d) to (B, T, d), or to (B, queries, d) for the first `queries` tokens alone.
+
+        cache: a KVCache; its tokens come before those of x.
+        """
+        B, _, d = x.shape
 
         def split_heads(y):
             return y.view(B, y.shape[1], self.n_head, d // self.n_head).transpose(1, 2)   # (B, heads, T, d_head)
 
-        q, k, v = self.query(x), self.key(x), self.value(x)                      # (B, T, d)
+        q = self.query(x[:, :queries])                                           # (B, queries or T, d)
+        k, v = self.key(x), self.value(x)                                        # (B, T, d)
         if cache is None:
             options = {"is_causal": self.causal, "dropout_p": self.dropout if self.training else 0.0}
         else:
             k, v = cache.update(self, k, v)                                      # (B, S, d), S tokens so far
             options = {"attn_mask": cache.mask}                                  # (B, 1, T, S)
         y = F.scaled_dot_product_attention(split_heads(q), split_heads(k), split_heads(v), **options)
-        return self.out(y.transpose(1, 2).reshape(B, T, d))                      # (B, T, d)
+        return self.out(y.transpose(1, 2).reshape(B, -1, d))                     # (B, queries or T, d)
 
 
 class KVCache:
@@ -99,6 +103,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One pre-LayerNorm block: x + attention(norm1(x)), then x + mlp(norm2(x)), both (B, T, d).
 
+    forward takes Attention's `cache` and `queries`.
     causal: whether a token attends only to itself and earlier tokens.
     gelu: "tanh" for GPT-2's approximation, "none" for the exact function (ViT).
     eps: of the LayerNorms, 1e-5 in GPT-2 and 1e-6 in most ViTs.
@@ -112,8 +117,8 @@ class Block(nn.Module):
         self.mlp = MLP(d_model, d_mlp, gelu)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, cache=None):
-        x = x + self.dropout(self.attention(self.norm1(x), cache))
+    def forward(self, x, cache=None, queries=None):
+        x = x[:, :queries] + self.dropout(self.attention(self.norm1(x), cache, queries))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 

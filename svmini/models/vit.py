@@ -127,8 +127,10 @@ class ViT(nn.Module):
         x = self.patch_embed(images).flatten(2).transpose(1, 2)                  # (B, patches, d)
         x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)       # (B, 1 + patches, d)
         x = self.dropout(x + self.position_embedding)
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x = block(x)                                                         # (B, 1 + patches, d)
+        x = last(x, queries=1)                                                   # (B, 1, d): of the class token alone
         return self.head(self.norm(x[:, 0]))                                     # (B, num_classes)
 
     urls = staticmethod(published.vit_urls)   # {name: URL} of the weights that from_pretrained downloads

@@ -38,7 +38,7 @@ def pretrain(model, task, train_config, device_config, folder, metadata, *, resu
     metric = evaluate(model, task, "test", device_config)["metric"]
     stats = weight_stats(model.cpu(), start)
     result = (f"test {task.metric} {metric:.4g} on {task.name}; cosine to the random initialization "
-              f"{stats['cosine']:.2f} (near 1: undertrained), {100 * stats['energy']:.0f} % of the energy in the first "
+              f"{stats['cosine']:.2f} (1 at the start), {100 * stats['energy']:.0f} % of the energy in the first "
               "quarter of the singular values")
     metadata = metadata | {"run_config": run_folder.run_config, "metric": metric, "weight_stats": stats,
                            "result": result, "published": False}
