@@ -114,7 +114,7 @@ def check_base(content, model, tensors, base):
 
 
 def rebuild(name, linear, content, saved):
-    """Build the adapter of one layer from the file. Raises InputError if it does not give back the saved W z."""
+    """Build the adapter of one layer from the file. Raises InputError if it does not reproduce the saved W z."""
     check_options(content["method"], saved["options"])
     adapter = METHODS[content["method"]](linear, **saved["options"])
     try:
@@ -124,7 +124,7 @@ def rebuild(name, linear, content, saved):
     Wz, expected = probe(exact_weight(adapter)), saved["probe"]
     rounded = (adapter.base_dtype in HALF_DTYPES) != ("float16" in content["dtype"])
     if not (Wz - expected).norm() <= (HALF_TOLERANCE if rounded else TOLERANCE) * expected.norm():   # false for nan
-        raise InputError(f"it does not give back the matrix trained at {name}: the factors of the base have changed")
+        raise InputError(f"it does not reproduce the matrix trained at {name}: the factors of the base have changed")
     return adapter
 
 

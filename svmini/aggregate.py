@@ -111,8 +111,8 @@ def summarize(files, method, baseline):
 def notes(files, table):
     """Return the lines under the table. files: {path: rows}."""
     lines = [f"mean ± standard deviation over {len(files)} files; differences and gaps are paired by file and seed"]
-    lines += [f"{t['method']}: in {len(t['metrics'])} of {len(files)} files" for t in table
-              if len(t["metrics"]) < len(files)]
+    rare = [f"{t['method']} ({len(t['metrics'])})" for t in table if len(t["metrics"]) < len(files)]
+    lines += [f"in fewer files: {', '.join(rare)}"] if rare else []
     lines += [f"gap recovered leaves out {path}: {problem}" for path, rows in files.items()
               if (problem := report.gap_problem(rows))]
     lrs = {(row["method"], row.get("lr")) for rows in files.values() for row in rows}

@@ -65,7 +65,7 @@ def grade_method(name, examples, equation, tmp_path):
             right([p.dtype for p in layer.parameters()] == [torch.float64],
                   "train one nn.Parameter, in the dtype of linear.weight, and pass W0 to register_frozen")
             expected = equation(linear(shape).weight, *layer.parameters())
-            right(torch.allclose(layer.weight, expected), f"{spec}: weight is not what the equation gives")
+            right(torch.allclose(layer.weight, expected), f"{spec.rstrip(':')}: weight is not what the equation gives")
         for check in test_contract.CHECKS:
             test_contract.run(check, spec, tmp_path)
         test_gradients.check_layer(spec)

@@ -1,10 +1,10 @@
 """LoRA (Hu et al., arXiv 2106.09685), and PiSSA (Meng et al., arXiv 2404.02948) as another initialization of it.
 
-    W = W0 + (α/r) B A                                                     (LoRA, section 4.1)
+    W = W0 + (α/r) B A        with α = r by default                        (LoRA, section 4.1)
 
 Trained: A (r, d_in) and B (d_out, r), r (d_in + d_out) parameters per matrix.
 Start:  kaiming  A uniform in ±1/√d_in as in the authors' code (the paper says Gaussian), B = 0, so W = W0
-        pissa    B = U_r Σ_r^½, A = Σ_r^½ V_rᵀ, and W_res = W0 − B A replaces W0 (α = r), so W = W0 again
+        pissa    B = U_r Σ_r^½, A = Σ_r^½ V_rᵀ, and W_res = W0 − B A replaces W0 (α = r only), so W = W0 again
 On a bf16 or fp16 base model, W_res is rounded to the base's dtype, so PiSSA starts from W0 plus a rounding error. Its
 norm, measured on 96 x 96 and 384 x 384 matrices, is 1.4e-3 to 1.6e-3 of that of W0 in bf16 and 2e-4 in fp16.
 """

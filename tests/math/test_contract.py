@@ -61,7 +61,7 @@ def check_start(spec, shape, dtype, folder):
     """At the start the adapter computes what the nn.Linear that it replaces computes."""
     base, layer = linear(shape, dtype), layer_of(spec, shape, dtype, moved=False)
     assert (layer.out_features, layer.in_features) == shape and torch.equal(layer.bias, base.bias)
-    assert_close(layer.weight, base.weight, EPS[dtype])
+    assert_close(layer.weight, base.weight, EPS[dtype], "; at the start, weight must equal W0")
     x = tokens(5, shape[1], dtype)
     assert_close(layer(x), base(x), EPS[dtype])
 

@@ -176,9 +176,9 @@ def test_a_base_with_another_head_is_the_same_base(path):
 
 @pytest.mark.parametrize("edit, part", [
     (lambda c, value: c.update(method="lorra"), "lorra"), (lambda c, value: value["options"].update(ranks=4), "ranks"),
-    (lambda c, value: value["state"].pop("A"), "does not give back"),
+    (lambda c, value: value["state"].pop("A"), "does not reproduce"),
     (lambda c, value: value["state"].update(extra=torch.zeros(3)), "extra"),
-    (lambda c, value: value["options"].update(alpha=9), "does not give back")])
+    (lambda c, value: value["options"].update(alpha=9), "does not reproduce")])
 def test_a_file_of_a_method_that_has_changed_since_is_rejected(edit, part, path):
     save_adapter(trained("lora:rank=2"), path)
     content = read(path)

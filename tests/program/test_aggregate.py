@@ -89,7 +89,7 @@ def test_a_method_that_some_files_lack_shows_its_number_of_files(tmp_path, files
     more = write(tmp_path / "c.json", SECOND | {("svft", 0): 3.0, ("svft", 1): 5.0, ("svfit", 0): 1.0}, {"lr": 0.2})
     found, notes = table(*files, more)
     assert found["svft"]["accuracy (higher is better)"] == "4.0" and found["svft"][DELTA] == "-48.0"
-    assert notes[1] == "svft: in 1 of 3 files"
+    assert notes[1] == "in fewer files: svft (1)"
     assert notes[-1] == "learning rates differ between the files: head, full, lora:rank=8, svfit"
 
 
