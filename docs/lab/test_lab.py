@@ -73,7 +73,7 @@ def grade_method(name, examples, equation, tmp_path):
 
 def test_columns(tmp_path):
     """Exercise 2."""
-    grade_method("columns", [""], lambda W0, g: W0 @ torch.diag(g), tmp_path)
+    grade_method("columns", [""], lambda W0, g: W0 @ torch.diag(g.flatten()), tmp_path)
 
 
 def test_lora_xs(tmp_path):
@@ -176,9 +176,9 @@ def test_band_share():
 
 def test_rank_k_and_rank_1():
     for D, k in [(D, k) for D in (1, 2, 5, 16) for k in {1, (D + 1) // 2, D}]:
-        for M, rank in zip(exercises.rank_k_and_rank_1(D, k), (k, 1)):
-            assert M.shape == (D, D) and int((M != 0).sum()) == k, f"D={D}: M must have {k} nonzero entries"
-            assert torch.linalg.matrix_rank(M.double()) == rank, f"D={D}, k={k}: M must have rank {rank}"
+        for which, M, rank in zip(("first", "second"), exercises.rank_k_and_rank_1(D, k), (k, 1)):
+            right(M.shape == (D, D) and int((M != 0).sum()) == k, f"D={D}: the {which} M must have {k} nonzero entries")
+            right(torch.linalg.matrix_rank(M.double()) == rank, f"D={D}, k={k}: the {which} M must have rank {rank}")
 
 
 def test_after_flip():

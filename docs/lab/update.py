@@ -27,14 +27,14 @@ ROUNDING = 4 * torch.finfo(torch.float32).eps
 def main(base, tuned):
     models = [load_base(path)[0].double() for path in (base, tuned)]
     before, after = (model.state_dict() for model in models)
-    print("layer          shape" + "".join(f"    d = {d}  uniform  leading" for d in (0, 2, 8))
-          + "    size   rank of ΔW  two largest")
+    print("layer          shape" + "".join(f"   d = {d} uniform leading" for d in (0, 2, 8))
+          + "    size  rank of ΔW  two largest")
     for target in models[0].targets:
         names = [name for name in before if name.endswith(f".{target}.weight")]
         row = torch.tensor([update_of(before[name], after[name]) for name in names]).mean(dim=0).tolist()
         (d_out, d_in), D = before[names[0]].shape, min(before[names[0]].shape)
-        print(f"{target:<8}{f'{d_out} x {d_in}':>12}" + "".join(f"{share:9.4f}" for share in row[:9])
-              + f"{row[9]:8.2f}{f'{row[10]:.0f} of {D}':>13}{row[11]:13.2f}")
+        print(f"{target:<8}{f'{d_out} x {d_in}':>12}" + "".join(f"{share:8.4f}" for share in row[:9])
+              + f"{row[9]:8.2f}{f'{row[10]:.0f} of {D}':>12}{row[11]:13.2f}")
 
 
 def update_of(W0, W):

@@ -76,7 +76,10 @@ class Adapter(nn.Module):
     @property
     def base_dtype(self):
         """The dtype of the base layer, and so of the layer's products: that of the first buffer, the bias or W0."""
-        return next(b.dtype for b in self.buffers() if b.is_floating_point())
+        found = [b.dtype for b in self.buffers() if b.is_floating_point()]
+        if not found:
+            raise ValueError(f"{type(self).__name__} has no frozen tensor: pass W0 to register_frozen")
+        return found[0]
 
     def forward(self, x):
         """x (..., d_in) -> x weightᵀ + b (..., d_out)."""

@@ -101,6 +101,13 @@ def test_a_mistake_fails_its_check(mistake, monkeypatch, tmp_path):
         test_contract.run(getattr(test_contract, SEEN_BY[mistake]), "new:n=5", tmp_path)
 
 
+def test_a_w0_that_was_not_registered_is_named():
+    layer = FourierFT(nn.Linear(8, 6, bias=False), n=5)
+    layer.__dict__["W0"] = layer._buffers.pop("W0")     # as `self.W0 = linear.weight.detach()` leaves it
+    with pytest.raises(ValueError, match="FourierFT has no frozen tensor: pass W0 to register_frozen"):
+        layer(torch.zeros(2, 8))
+
+
 def test_fourierft_is_its_equation(monkeypatch):
     """ΔW_pq = 300 / (d_out d_in) Σ c cos(2π (p j / d_out + q k / d_in)), summed over its n positions (j, k)."""
     monkeypatch.setitem(METHODS, "new", FourierFT)
