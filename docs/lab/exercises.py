@@ -1,6 +1,6 @@
 """The functions that docs/lab.md asks for. Replace `raise ToDo(...)` by your code, then grade it:
 
-    python -m pytest docs/lab -rs
+    python -m pytest docs/lab
 
 The docstrings state what each function returns. Some define it by loops, which are correct but slow. Write yours
 without Python loops, unless the docstring permits one. In this file, W0 (d_out, d_in) = U diag(S) Vt is the thin SVD of

@@ -1,4 +1,4 @@
-"""The graders of docs/lab.md: python -m pytest docs/lab -rs. They contain the questions; tests/lab has the answers."""
+"""The graders of docs/lab.md: python -m pytest docs/lab. They contain the questions; tests/lab has the answers."""
 
 import math
 import sys
