@@ -91,7 +91,7 @@ def case(make, *parts, **arguments):
         (lambda: with_hook("forward_pre_hook"), "hooks, which an adapter would lose: remove them first"),
         (lambda: with_hook("forward_hook"), "hooks"), (lambda: with_hook("full_backward_hook"), "hooks"),
         (lambda: lin(dtype=torch.complex64), "torch.complex64", "float32"), (half_finite, "not finite"),
-        (lambda: nn.Linear(0, 4), "a weight of size zero, (4, 0)"))),
+        (lambda: nn.utils.skip_init(nn.Linear, 0, 4), "a weight of size zero, (4, 0)"))),
     case(tied, "d.inner shares its weight with another module", "targets can be: e", targets=("e", "d.inner")),
     case(tied, "also_train: c shares a weight", targets=("e",), also_train=("c",)),
     case(tiny_gpt, "head shares its weight", targets=("query", "head")),
