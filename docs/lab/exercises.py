@@ -154,7 +154,7 @@ class TinyFile:
 
     @staticmethod
     def write(U, S, Vt, M):
-        """Return a dict {name: tensor} with M (D, D) as "M" and whatever else you need."""
+        """Return a dict {name: tensor} with M (D, D), unchanged, as "M" and whatever else you need."""
         raise ToDo("exercise 10, TinyFile")
 
     @staticmethod
