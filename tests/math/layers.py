@@ -116,6 +116,7 @@ def move(model, seed=2, share=0.3):
 def assert_close(got, expected, eps=1e-12, hint=""):
     """Assert equality up to eps times the largest expected entry, and equal shapes and dtypes."""
     got, expected = got.detach(), expected.detach()
-    assert got.shape == expected.shape and got.dtype == expected.dtype
+    assert (got.shape, got.dtype) == (expected.shape, expected.dtype), \
+        f"{tuple(got.shape)} {got.dtype} instead of {tuple(expected.shape)} {expected.dtype}{hint}"
     error = (got - expected).abs().max() / expected.abs().max() if got.numel() else 0
     assert error <= eps, f"off by {error:.1e} of the largest entry, {eps:.0e} allowed{hint}"

@@ -192,7 +192,7 @@ def check_half(spec, shape, dtype, folder):
     assert layer.base_dtype == dtype and all(p.dtype == torch.float32 for p in layer.parameters())
     for name, b in layer.named_buffers():
         assert b.dim() < 2 or b.dtype in (dtype, torch.int64), f"{name} is {b.dtype}, not the {dtype} of the base layer"
-    assert_close(layer.weight, base.weight, HALF[dtype])
+    assert_close(layer.weight, base.weight, HALF[dtype], "; does weight end with .to(self.base_dtype)?")
     start = [p.detach().clone() for p in twin.parameters()]
     move(twin)
     with torch.no_grad():
