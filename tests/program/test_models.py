@@ -65,6 +65,15 @@ def test_image_size_and_normalization_of_a_vit():
         replace(SMALL_VIT, std=(0.5,) * 4)
 
 
+def test_the_last_block_of_a_vit_computes_the_class_token_alone():
+    model, seen = small_vit().eval(), []
+    model.blocks[-1].register_forward_hook(lambda block, inputs, output: seen.append((*inputs, output)))
+    model(noise(2, 3, 12, 12))
+    (x, y), = seen
+    assert x.shape[1] == 10 and y.shape[1] == 1
+    assert_close(y, model.blocks[-1](x)[:, :1])
+
+
 def test_inputs_of_the_wrong_shape_are_rejected():
     for shape in ((2, 3, 13, 13), (3, 12, 12)):
         with pytest.raises(ValueError, match=r"this ViT takes \(B, 3, 12, 12\)"):
